@@ -1,0 +1,54 @@
+"""Short hashes of files that a cache was made from."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from pathlib import Path
+
+_PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_SAMPLED = 1 << 18  # bytes read at each end of a large source file
+
+
+def of_contents(folder: str | os.PathLike) -> str:
+  """Hashes names and contents of the files in one folder, e.g. of a tokenizer."""
+  digest = hashlib.sha256()
+  for path in sorted(p for p in Path(folder).glob("[!.]*") if p.is_file()):
+    content = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest.update(f"{path.name}\0{content}\n".encode())
+  return digest.hexdigest()[:16]
+
+
+def of_source(path: str | os.PathLike) -> str | None:
+  """Hashes names and sizes of a source's files, and the ends of their contents.
+
+  Pictures count by name and size only: there may be a million of them.
+
+  Args:
+    path: a file, a folder with all it holds, or a pattern with ``*``.
+
+  Returns:
+    16 hex digits; None if nothing of that name is on this machine (or it is remote).
+  """
+  exact = [Path(path)] if Path(path).exists() else []
+  found = exact or sorted(Path(match) for match in glob.glob(os.fspath(path)))
+  digest = hashlib.sha256()
+  for place in found:
+    root = place if place.is_dir() else place.parent
+    inside = sorted(p for p in place.rglob("*") if p.is_file())
+    for file in inside if place.is_dir() else [place]:
+      digest.update(_named_content(file, os.path.relpath(file, root)))
+  return digest.hexdigest()[:16] if found else None
+
+
+def _named_content(file: Path, name: str) -> bytes:
+  size = file.stat().st_size
+  digest = hashlib.sha256(f"{name}\0{size}\n".encode())
+  if file.suffix.lower() not in _PICTURES:
+    with open(file, "rb") as content:
+      digest.update(content.read(_SAMPLED))
+      if size > _SAMPLED:
+        content.seek(max(size - _SAMPLED, _SAMPLED))
+        digest.update(content.read())
+  return digest.digest()

@@ -1,0 +1,413 @@
+"""Judgements joined into ranked lists: majority, cycles, ties, and a full account."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lpo_jax.data import judgements as judgements_lib
+from lpo_jax.data import orders
+from lpo_jax.data.judgements import Judgements, Numbered
+from lpo_jax.data.ranked import DROP_REASONS, ListReport, RankedLists, list_ids
+from lpo_jax.errors import UserError, unknown_name
+
+GROUPS = ("prompt", "prompt_user")
+TIES = ("keep", "drop")
+WEIGHTS = ("uniform", "num_example_per_prompt")
+
+
+def build(
+  source: Judgements | RankedLists,
+  strategy: str = "paths",
+  *,
+  max_size: int = 8,
+  group_by: str = "prompt",
+  ties: str = "keep",
+  weight: str = "uniform",
+) -> tuple[RankedLists, ListReport]:
+  """Joins judgements into ranked lists of 2 to `max_size` images.
+
+  Repeated judgements of two images are decided by the sum of their labels. The result
+  depends on texts and uids only, never on the order of rows, and lists come sorted by
+  prompt text. Strategies for judgements:
+
+  * ``paths``: the longest chains of wins, every win in exactly one list (no ties).
+  * ``levels``: one list per connected set of images, rank = longest chain of wins down
+    to the image, ties kept.
+  * ``choice``: each winner over the images it met, [0, 1, 1, ...].
+  * ``pairs``: each judgement with a winner by itself, as Diffusion-DPO.
+
+  A source of finished lists takes `paths` and `levels` as "the list as it is", `choice`
+  as the best over the rest, `pairs` as all ordered pairs, `winners` as the best by
+  itself (for `sft`), and `scores` as ranks by descending score; its own ties and
+  weights stay.
+
+  Args:
+    source: what `sources.read` returned.
+    strategy: see above.
+    max_size: most images per list; longer ones are split.
+    group_by: "prompt" pools annotators, "prompt_user" joins one person's judgements.
+    ties: "keep" lets ties merge images where the strategy can say so, "drop" does not.
+    weight: of a list: "uniform" (1), or "num_example_per_prompt" for the mean weight of
+      its judgements.
+
+  Returns:
+    The lists (possibly none, see `refuse_empty`) and what became of every judgement.
+
+  Raises:
+    UserError: an unknown choice, a strategy the source has nothing for, max_size < 2.
+  """
+  for kind, name, known in (
+    ("group_by", group_by, GROUPS),
+    ("ties", ties, TIES),
+    ("weight", weight, WEIGHTS),
+    ("strategy", strategy, sorted({*STRATEGIES, *LIST_STRATEGIES})),
+  ):
+    if name not in known:
+      raise unknown_name(f"data.{kind}", name, known)
+  if max_size < 2:
+    raise UserError(
+      f"data.max_list_size is {max_size}; a ranked list has at least 2 images. "
+      "Set it to 2 or more (Diffusion-LPO uses 8)."
+    )
+  if isinstance(source, RankedLists):
+    return _from_lists(source, strategy, max_size)
+  if strategy not in STRATEGIES:
+    raise UserError(
+      f"data.strategy={strategy!r} needs ranked lists, but this source holds "
+      f"judgements of two images. Use one of: {', '.join(STRATEGIES)}."
+    )
+  rows = judgements_lib.number(
+    source, by_user=group_by == "prompt_user", keep_ties=ties == "keep"
+  )
+  made = STRATEGIES[strategy](rows, max_size)
+  return _finish(source, rows, made, strategy, weight)
+
+
+def refuse_empty(report: ListReport) -> None:
+  """Says why no list came out, if none did.
+
+  Raises:
+    UserError: `report.lists` is 0; names the reasons with their counts.
+  """
+  if not report.lists:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
+    raise UserError(
+      f"no ranked list could be built from {report.judgements_total} judgements "
+      f"({reasons or 'there are none'}). Training needs lists of at least 2 images "
+      "with an order between them; check the labels, or try another data.strategy."
+    )
+
+
+@dataclasses.dataclass
+class _Made:
+  """Lists under construction, flat, in no particular order.
+
+  Attributes:
+    size: images of each list.
+    node: its images, best first.
+    rank: their ranks.
+    owned: number of relations each list states.
+    relation: which, as indices into `agree` and `weight`.
+    agree: judgements that each relation stands for.
+    weight: the sum of their weights.
+    facts: fields of the report.
+  """
+
+  agree: np.ndarray
+  weight: np.ndarray
+  facts: dict[str, Any]
+  size: list[int] = dataclasses.field(default_factory=list)
+  node: list[int] = dataclasses.field(default_factory=list)
+  rank: list[int] = dataclasses.field(default_factory=list)
+  owned: list[int] = dataclasses.field(default_factory=list)
+  relation: list[int] = dataclasses.field(default_factory=list)
+
+  def add(self, node: Sequence[int], rank: Sequence[int], relation: Sequence[int]):
+    """Appends one list."""
+    self.size.append(len(node))
+    self.node += node
+    self.rank += rank
+    self.owned.append(len(relation))
+    self.relation += relation
+
+  def add_pairs(self, better: np.ndarray, worse: np.ndarray, relation: np.ndarray):
+    """Appends a list of two per relation."""
+    self.size += [2] * len(better)
+    self.node += np.stack([better, worse], 1).reshape(-1).tolist()
+    self.rank += [0, 1] * len(better)
+    self.owned += [1] * len(better)
+    self.relation += relation.tolist()
+
+
+def _joined(
+  rows: Numbered,
+  max_size: int,
+  *,
+  strategy: Callable[[orders.Component, int], orders.Outcome],
+  ties_join: bool,
+) -> _Made:
+  """Runs a strategy on every connected component of the majority's relations."""
+  voted = judgements_lib.majority(rows)
+  facts = {
+    "repeated": rows.repeated,
+    "contradicted_pairs": voted.contradicted_pairs,
+    "contradictions": voted.contradictions,
+    "outvoted": voted.outvoted,
+  }
+  made = _Made(voted.agree, voted.weight, facts)
+  joins = np.flatnonzero(~voted.tie | ties_join)
+  parts = judgements_lib.components(
+    voted.better[joins], voted.worse[joins], len(rows.node_group)
+  )
+  part = parts.of_node[voted.better[joins]]
+  # Components of two images are most of a data set and need no graph.
+  simple = (np.diff(parts.start)[part] == 2) & ~voted.tie[joins]
+  pairs = joins[simple]
+  made.add_pairs(voted.better[pairs], voted.worse[pairs], pairs)
+  # The others one by one. The sort is stable: relations stay strongest first.
+  order = np.argsort(part, kind="stable")
+  order = order[~simple[order]]
+  relation, part = joins[order], part[order]
+  edges = np.stack([voted.better[relation], voted.worse[relation]], 1)
+  edges = list(map(tuple, parts.place[edges].tolist()))
+  tie, relation = voted.tie[relation].tolist(), relation.tolist()
+  bounds = np.flatnonzero(np.diff(part, prepend=-1, append=-1)).tolist()
+  refused: dict[str, list[int]] = {"cycles": [], "ties_yielded": [], "all_tied": []}
+  tied_components = 0
+  for begin, end in itertools.pairwise(bounds):
+    nodes = parts.nodes[parts.start[part[begin]] : parts.start[part[begin] + 1]]
+    nodes = nodes.tolist()
+    wins = [i for i in range(begin, end) if not tie[i]]
+    ties = [i for i in range(begin, end) if tie[i]]
+    component = orders.Component(
+      len(nodes), [edges[i] for i in wins], [edges[i] for i in ties]
+    )
+    outcome = strategy(component, max_size)
+    for sublist in outcome.lists:
+      stated = [relation[wins[i]] for i in sublist.wins]
+      stated += [relation[ties[i]] for i in sublist.ties]
+      made.add([nodes[i] for i in sublist.images], sublist.ranks, stated)
+    refused["cycles"] += [relation[wins[i]] for i in outcome.cut]
+    refused["ties_yielded"] += [relation[ties[i]] for i in outcome.yielded]
+    refused["all_tied"] += [relation[ties[i]] for i in outcome.all_tied]
+    tied_components += bool(outcome.all_tied)
+  left = np.ones(len(voted.tie), bool)
+  left[made.relation] = False
+  for reason, lost in refused.items():
+    facts[reason] = int(voted.agree[lost].sum())
+    left[lost] = False
+  facts["ties_not_expressible"] = int(voted.agree[left].sum())
+  facts["cycle_cuts"] = len(refused["cycles"])
+  facts["lists_dropped"] = {"all tied": tied_components} if tied_components else {}
+  return made
+
+
+def _pairs(rows: Numbered, max_size: int) -> _Made:
+  """One list of two per judgement with a winner, repeated and opposed ones alike."""
+  won = np.flatnonzero(rows.label != 0.5)
+  a_won = rows.label[won] > 0.5
+  better = np.where(a_won, rows.a[won], rows.b[won])
+  worse = np.where(a_won, rows.b[won], rows.a[won])
+  order = np.lexsort((rows.weight[won], worse, better))
+  facts = {
+    "repeated": rows.repeated,
+    "ties_not_expressible": len(rows.label) - len(won),
+  }
+  made = _Made(np.ones(len(won), np.int64), rows.weight[won], facts)
+  made.add_pairs(better[order], worse[order], order)
+  return made
+
+
+def _finish(
+  source: Judgements, rows: Numbered, made: _Made, strategy: str, weight: str
+) -> tuple[RankedLists, ListReport]:
+  """Sorts the lists by prompt, names and weighs them, and closes the account."""
+  size = np.asarray(made.size, np.int64)
+  offsets = np.concatenate([[0], np.cumsum(size)])
+  node = np.asarray(made.node, np.int64)
+  best = node[offsets[:-1]]
+  owner = np.repeat(np.arange(len(size)), np.asarray(made.owned, np.int64))
+  relation = np.asarray(made.relation, np.int64)
+  used = np.bincount(owner, made.agree[relation], len(size)).astype(np.int64)
+  weights = np.ones(len(size))
+  if weight == "num_example_per_prompt":
+    weights = np.bincount(owner, made.weight[relation], len(size)) / used
+  # Nodes are numbered by (prompt, user, uid), so the best image's node sorts lists; the
+  # stable sort keeps the strategies' own order among lists with the same best image.
+  order = np.argsort(best, kind="stable")
+  group = rows.node_group[best[order]]
+  items = _gather(offsets, order)
+  lists = _make(
+    source,
+    prompt=rows.group_prompt[group],
+    user=rows.group_user[group],
+    size=size[order],
+    image=rows.node_image[node[items]],
+    rank=np.asarray(made.rank, np.int64)[items],
+    score=np.zeros(len(items)),
+    weight=weights[order],
+  )
+  facts = {"ties": rows.ties, **made.facts}
+  return lists, _account(lists, strategy, used[order], rows.dropped, facts)
+
+
+def _gather(offsets: np.ndarray, order: np.ndarray) -> np.ndarray:
+  """Item indices of the lists `order`, one list after the other."""
+  size = np.diff(offsets)[order]
+  shift = offsets[:-1][order] - (np.cumsum(size) - size)
+  return np.arange(size.sum()) + np.repeat(shift, size)
+
+
+def _make(
+  source: Judgements | RankedLists,
+  *,
+  prompt: np.ndarray,
+  user: np.ndarray,
+  size: np.ndarray,
+  image: np.ndarray,
+  rank: np.ndarray,
+  score: np.ndarray,
+  weight: np.ndarray,
+) -> RankedLists:
+  """Fills in types, offsets, list ids and what is carried along from the source."""
+  offsets = np.concatenate([[0], np.cumsum(size)]).astype(np.int64)
+  user = np.asarray(user, np.int32)
+  return RankedLists(
+    prompt=np.asarray(prompt, np.int32),
+    list_id=list_ids(
+      [source.prompts[i] for i in prompt],
+      [source.image_uids[i] for i in image],
+      offsets,
+      [source.users[i] if i >= 0 else "" for i in user],
+    ),
+    weight=np.asarray(weight, np.float32),
+    offsets=offsets,
+    image=np.asarray(image, np.int32),
+    rank=np.asarray(rank, np.int32),
+    score=np.asarray(score, np.float32),
+    prompts=source.prompts,
+    image_uids=source.image_uids,
+    user=user,
+    users=source.users,
+    images=source.images,
+    models=source.models,
+    image_model=source.image_model,
+    dropped=source.dropped,
+  )
+
+
+def _account(
+  lists: RankedLists,
+  strategy: str,
+  used: np.ndarray,
+  dropped: Mapping[str, int],
+  facts: Mapping[str, Any],
+) -> ListReport:
+  """Sums up; `used` is the number of judgements that each list states."""
+  total_used = int(used.sum())
+  reasons = {r: int(facts.get(r, 0) + dropped.get(r, 0)) for r in DROP_REASONS}
+  length, count = np.unique(lists.lengths, return_counts=True)
+  over_two = int(used[lists.lengths > 2].sum())
+  return ListReport(
+    strategy=strategy,
+    judgements_total=total_used + sum(reasons.values()),
+    judgements_used=total_used,
+    lists=len(lists),
+    prompts=len(np.unique(lists.prompt)),
+    images=len(np.unique(lists.image)),
+    lengths=dict(zip(length.tolist(), count.tolist(), strict=True)),
+    share_over_two=over_two / total_used if total_used else 0.0,
+    **{**facts, **reasons},
+  )
+
+
+def _from_lists(
+  source: RankedLists, strategy: str, max_size: int
+) -> tuple[RankedLists, ListReport]:
+  """Splits and checks lists that came ranked; sorts them by prompt, user and uids."""
+  split, uids = LIST_STRATEGIES[strategy], source.image_uids
+  if strategy == "scores" and not np.any(source.score):
+    raise UserError(
+      "data.strategy='scores' ranks by the column `scores`, which this source does not "
+      "have. Use 'paths' to take its lists as they are ranked."
+    )
+  users = np.full(len(source), -1) if source.user is None else source.user
+  made, lists_dropped, tied_rows = [], collections.Counter(), 0
+  for row in range(len(source)):
+    span = slice(source.offsets[row], source.offsets[row + 1])
+    image, score = source.image[span].tolist(), source.score[span].tolist()
+    worse = [-s for s in score] if strategy == "scores" else source.rank[span].tolist()
+    order = sorted(range(len(image)), key=lambda i: (worse[i], uids[image[i]]))
+    ranks = orders.dense([worse[i] for i in order])
+    tied_rows += len(set(ranks)) < len(ranks)
+    cuts = split(ranks, max_size)
+    if not cuts:
+      lists_dropped["all tied" if len(ranks) > 1 else "single image"] += 1
+      continue
+    user = source.users[users[row]] if users[row] >= 0 else ""
+    for window, window_ranks in cuts:
+      chosen = [order[i] for i in window]
+      names = [uids[image[i]] for i in chosen]
+      made.append(
+        _Window(
+          (source.prompts[source.prompt[row]], user, names, window_ranks),
+          row,
+          [image[i] for i in chosen],
+          [score[i] for i in chosen],
+        )
+      )
+  made.sort(key=lambda window: window.key)
+  rows = np.asarray([window.row for window in made], np.int64)
+  lists = _make(
+    source,
+    prompt=source.prompt[rows],
+    user=users[rows],
+    size=np.asarray([len(window.image) for window in made], np.int64),
+    image=np.asarray([i for window in made for i in window.image], np.int64),
+    rank=np.asarray([r for window in made for r in window.key[3]], np.int64),
+    score=np.asarray([s for window in made for s in window.score]),
+    weight=source.weight[rows],
+  )
+  # A recorded ranking that was split counts once, with its first window.
+  used = np.zeros(len(made), np.int64)
+  used[np.unique(rows, return_index=True)[1]] = 1
+  facts = {
+    "ties": tied_rows,
+    "lists_dropped": dict(lists_dropped),
+    "all_tied": lists_dropped["all tied"],
+    "single_image": lists_dropped["single image"],
+  }
+  return lists, _account(lists, strategy, used, source.dropped, facts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+  """One list cut from a list of the source; `key` sorts it and ends with its ranks."""
+
+  key: tuple[str, str, list[str], list[int]]
+  row: int
+  image: list[int]
+  score: list[float]
+
+
+STRATEGIES: dict[str, Callable[..., _Made]] = {
+  "paths": functools.partial(_joined, strategy=orders.paths, ties_join=False),
+  "levels": functools.partial(_joined, strategy=orders.levels, ties_join=True),
+  "choice": functools.partial(_joined, strategy=orders.choice, ties_join=False),
+  "pairs": _pairs,
+}
+LIST_STRATEGIES: dict[str, Callable[[list[int], int], list[orders.Window]]] = {
+  "paths": orders.windows,
+  "levels": orders.windows,
+  "scores": orders.windows,
+  "choice": orders.best_first,
+  "pairs": orders.all_pairs,
+  "winners": orders.winners,
+}

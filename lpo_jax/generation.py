@@ -1,0 +1,244 @@
+"""Prompts and seeds in, images out: one jitted function for the whole way."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lpo_jax import parallel, pretrained
+from lpo_jax.diffusion import noising, samplers, schedule
+from lpo_jax.types import Array, Conditioning, Params
+
+
+class TextConditioner:
+  """Encodes prompts as the pipeline in `folder` does.
+
+  One text encoder gives its last hidden state (SD 1.x, 2.x). Two give their penultimate
+  hidden states side by side, and the second one's pooled embedding (SDXL).
+
+  Args:
+    folder: a diffusers pipeline.
+    dtype: of the encoders' activations.
+    batch_size: prompts per call.
+  """
+
+  def __init__(
+    self, folder: str | pathlib.Path, *, dtype: Any = jnp.float32, batch_size: int = 16
+  ):
+    self.folder, self._batch_size = pathlib.Path(folder), batch_size
+    names = ["text_encoder", "text_encoder_2"]
+    self._names = [n for n in names if n == names[0] or (self.folder / n).is_dir()]
+    self._tokenizers = [
+      pretrained.load_tokenizer(folder, n.replace("text_encoder", "tokenizer"))
+      for n in self._names
+    ]
+    self._parts = [pretrained.load(folder, n, dtype=dtype) for n in self._names]
+    self._encode = jax.jit(self._forward)
+
+  def _forward(self, params: list[Params], ids: list[Array]) -> tuple[Array, Any]:
+    outputs = [
+      part.apply(p, i) for part, p, i in zip(self._parts, params, ids, strict=True)
+    ]
+    if len(outputs) == 1:
+      return outputs[0].last_hidden_state.astype(jnp.float32), None
+    states = [output.hidden_states[-2].astype(jnp.float32) for output in outputs]
+    return jnp.concatenate(states, axis=-1), outputs[1].pooled.astype(jnp.float32)
+
+  def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns prompt_embeds [n, L, D] and pooled_prompt_embeds [n, P] or None, fp32."""
+    ids = [tokenizer.tokenize(list(prompts)) for tokenizer in self._tokenizers]
+    params = [part.params for part in self._parts]
+    states, pooled = [], []
+    for start in range(0, len(prompts), self._batch_size):
+      chunk = [_pad(i[start : start + self._batch_size], self._batch_size) for i in ids]
+      count = min(self._batch_size, len(prompts) - start)
+      state, pool = self._encode(params, chunk)
+      states.append(np.asarray(state)[:count])
+      pooled.append(None if pool is None else np.asarray(pool)[:count])
+    has_pooled = pooled and pooled[0] is not None
+    return np.concatenate(states), np.concatenate(pooled) if has_pooled else None
+
+  def fingerprint(self) -> str:
+    """Identifies the encoders' weights and configs."""
+    return "-".join(pretrained.fingerprint(self.folder, name) for name in self._names)
+
+
+def _pad(rows: np.ndarray, count: int) -> np.ndarray:
+  """Repeats the last row until there are `count`."""
+  return np.concatenate([rows, np.repeat(rows[-1:], count - len(rows), axis=0)])
+
+
+def initial_latents(
+  prompts: Sequence[str], seeds: Sequence[int], shape: Sequence[int]
+) -> np.ndarray:
+  """Standard normal x_T [n, h, w, c], a function of (prompt, seed) alone.
+
+  The same prompt and seed give the same noise in every model, batch and mesh: the base
+  of same-seed comparisons.
+  """
+  words = [[zlib.crc32(p.encode()), s] for p, s in zip(prompts, seeds, strict=True)]
+  keys = noising.identity_keys(0, "sample", jnp.asarray(words, jnp.uint32))
+  draw = jax.vmap(lambda key: jax.random.normal(key, tuple(shape), jnp.float32))
+  return np.asarray(draw(keys))
+
+
+class Generator:
+  """Draws images with the pipeline in `folder`, whatever UNet weights it is given.
+
+  Args:
+    folder: a diffusers pipeline: its VAE, text encoders, scheduler and UNet config.
+    mesh: images are split over all its devices.
+    sampler: a name in `samplers.SAMPLERS`.
+    steps: network evaluations (twice with guidance).
+    guidance_scale: classifier-free guidance; 1 for none.
+    eta: of DDIM.
+    batch_size: images per call, rounded up to a multiple of the devices.
+    dtype: of activations.
+  """
+
+  def __init__(
+    self,
+    folder: str | pathlib.Path,
+    *,
+    mesh: Mesh,
+    sampler: str = "ddim",
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    eta: float = 0.0,
+    batch_size: int = 16,
+    dtype: Any = jnp.float32,
+  ):
+    self.folder, self._mesh = pathlib.Path(folder), mesh
+    self.unet = pretrained.load(folder, "unet", dtype=dtype)
+    self._vae = pretrained.load(folder, "vae", dtype=dtype)
+    self._text = TextConditioner(folder, dtype=dtype)
+    self._schedule = schedule.from_config(pretrained.scheduler_config(folder))
+    self._sampler = functools.partial(samplers.get(sampler), steps=steps, eta=eta)
+    self._eta, self._guidance_scale = eta, guidance_scale
+    devices = mesh.size
+    self.batch_size = -(-batch_size // devices) * devices
+    size, channels = self.unet.config["sample_size"], self.unet.config["in_channels"]
+    self.latent_shape = (size, size, channels)
+    self._pixels = size * 2 ** (len(self._vae.config["block_out_channels"]) - 1)
+    index = json.loads((self.folder / "model_index.json").read_text("utf-8"))
+    self._zero_null = bool(index.get("force_zeros_for_empty_prompt"))
+    slots, everywhere = parallel.by_slot(mesh), parallel.replicated(mesh)
+    self._draw = jax.jit(
+      self._forward,
+      in_shardings=(None, everywhere, slots, slots, everywhere, slots),
+      out_shardings=everywhere,
+    )
+    shardings = jax.tree.map(lambda _: everywhere, self._vae.params)
+    self._vae_params = parallel.put(self._vae.params, shardings)
+
+  @property
+  def scaling_factor(self) -> float:
+    """What the VAE's latents are multiplied by."""
+    return self._vae.config.get("scaling_factor", 0.18215)
+
+  def _forward(
+    self,
+    unet_params: Params,
+    vae_params: Params,
+    latents: Array,
+    text: Conditioning,
+    null: Conditioning,
+    identity: Array,
+  ) -> Array:
+    """[n] rows of everything -> images [n, H, W, 3] uint8."""
+    guidance = self._guidance_scale != 1.0
+    if guidance:
+      null = jax.tree.map(
+        lambda one, rows: jnp.broadcast_to(one, rows.shape), null, text
+      )
+      text = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), null, text)
+
+    def unet(noisy_latents: Array, timesteps: Array) -> Array:
+      return self.unet.apply(
+        unet_params,
+        noisy_latents,
+        timesteps,
+        text.prompt_embeds,
+        text.pooled_prompt_embeds,
+        text.time_ids,
+      )
+
+    denoiser = samplers.guided(unet, self._guidance_scale) if guidance else unet
+    keys = noising.identity_keys(0, "sampler", identity) if self._eta > 0 else None
+    clean = self._sampler(denoiser, latents, self._schedule, keys=keys)
+    images = self._vae.decode(vae_params, clean / self.scaling_factor)
+    pixels = jnp.clip(images * 0.5 + 0.5, 0.0, 1.0) * 255.0
+    return jnp.round(pixels).astype(jnp.uint8)
+
+  def conditioning(self, prompts: Sequence[str]) -> Conditioning:
+    """Encodes prompts as the UNet wants them, [n, ...] NumPy."""
+    embeds, pooled = self._text.encode(prompts)
+    if self._zero_null:
+      empty = np.array([prompt == "" for prompt in prompts])
+      embeds = np.where(empty[:, None, None], 0.0, embeds)
+      pooled = None if pooled is None else np.where(empty[:, None], 0.0, pooled)
+    time_ids = None
+    if pooled is not None:
+      one = [self._pixels, self._pixels, 0, 0, self._pixels, self._pixels]
+      time_ids = np.tile(np.asarray(one, np.float32), (len(prompts), 1))
+    return Conditioning(embeds, pooled, time_ids)
+
+  def __call__(
+    self,
+    unet_params: Params,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    on_progress: Callable[[int], None] = lambda done: None,
+  ) -> np.ndarray:
+    """Draws one image per (prompt, seed).
+
+    Args:
+      unet_params: global arrays; the policy's, the reference's, any.
+      prompts: n texts.
+      seeds: n non-negative ints.
+      on_progress: called with the number of images done.
+
+    Returns:
+      [n, H, W, 3] uint8 on every host.
+    """
+    distinct = sorted(set(prompts))
+    encoded = self.conditioning(["", *distinct])
+    null = jax.tree.map(lambda x: x[:1], encoded)
+    row_of = {prompt: i + 1 for i, prompt in enumerate(distinct)}
+    images = []
+    with jax.set_mesh(self._mesh):
+      for start in range(0, len(prompts), self.batch_size):
+        stop = min(start + self.batch_size, len(prompts))
+        rows = _pad(np.arange(start, stop), self.batch_size)
+        texts, numbers = [prompts[i] for i in rows], [seeds[i] for i in rows]
+        text = jax.tree.map(lambda x: x[[row_of[t] for t in texts]], encoded)  # noqa: B023
+        identity = [[zlib.crc32(t.encode()), n] for t, n in zip(texts, numbers)]
+        drawn = self._draw(
+          unet_params,
+          self._vae_params,
+          *self._place(initial_latents(texts, numbers, self.latent_shape), text, null),
+          self._place(np.asarray(identity, np.uint32))[0],
+        )
+        images.append(parallel.fetch(drawn)[: stop - start])
+        on_progress(stop)
+    return np.concatenate(images)
+
+  def _place(self, *values: Any) -> tuple:
+    """Every host holds all rows; each device takes its own."""
+    slots, everywhere = parallel.by_slot(self._mesh), parallel.replicated(self._mesh)
+
+    def one(x: np.ndarray) -> jax.Array:
+      where = slots if len(x) == self.batch_size else everywhere
+      return parallel.put(x, where)
+
+    return tuple(jax.tree.map(one, value) for value in values)

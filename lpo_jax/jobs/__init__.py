@@ -1,0 +1,1 @@
+"""The jobs behind the front door: each module has `run(config, workdir)`."""

@@ -1,0 +1,213 @@
+"""What the quickstart shows in the end: report.html, in plain words and honest figures."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from lpo_jax import __version__
+from lpo_jax.jobs.evaluate import Evaluation
+from lpo_jax.pages import Headline, ImageGrid, RunReport, write_run_report
+from lpo_jax.scoring import scorers
+
+TASTE, LEGIBILITY = "digits_taste", "digits_legibility"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+ROWS, SEEDS_SHOWN = 10, 3
+
+
+def write(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  *,
+  evaluation: Evaluation,
+  data_report: Mapping[str, Any],
+  runs: Mapping[str, Sequence[Mapping[str, Any]]],
+  timings: Mapping[str, float],
+  exported: Mapping[str, Any],
+) -> None:
+  """Writes workdir/report.html.
+
+  Args:
+    config: the resolved config.
+    workdir: the quickstart's.
+    evaluation: what `evaluate` returned.
+    data_report: what `inspect` returned.
+    runs: method -> its metrics rows.
+    timings: stage -> seconds.
+    exported: what `export` returned.
+  """
+  rows = evaluation.rows
+  methods = list(runs)
+  report = RunReport(
+    title="lpo_jax quickstart: teaching a model what people like",
+    summary=summary(rows, methods),
+    headlines=headlines(rows, methods),
+    grid=grid(evaluation),
+    win_rates=rows,
+    scorers={name: scorers.get(name).measures for name in config.eval.scorers},
+    training=runs,
+    data=data_figures(data_report),
+    list_lengths=list_lengths(data_report),
+    timings={**timings, "total": sum(timings.values())},
+    notes=notes(config, rows, methods, exported),
+    config=json.loads(config.to_json_best_effort()),
+    versions=versions(),
+    files={
+      "judgements/judgements.parquet": "what the simulated people clicked, in "
+      "Pick-a-Pic's columns",
+      "data_report.html": "what the data report found in it",
+      **{
+        f"{m}/": "the training run: config, checkpoints, metrics, TensorBoard"
+        for m in methods
+      },
+      "evaluation/": "every image, per-image scores, tables",
+      "summary.json": "every figure of this page",
+      str(exported["path"]): "the aligned pipeline, a diffusers folder",
+    },
+  )
+  write_run_report(workdir / "report.html", report)
+
+
+def find(rows: Sequence[Mapping[str, Any]], candidate: str, baseline: str, scorer: str):
+  """The row of one comparison."""
+  wanted = (candidate, baseline, scorer)
+  return next(
+    r for r in rows if (r["candidate"], r["baseline"], r["scorer"]) == wanted
+  )
+
+
+def percent(value: float) -> str:
+  """0.873 -> '87.3 %'."""
+  return f"{100 * value:.1f} %"
+
+
+def interval(row: Mapping[str, Any]) -> str:
+  """A win rate with its interval, in words."""
+  return f"{percent(row['win_rate'])} ({percent(row['ci_low'])} to {percent(row['ci_high'])})"
+
+
+def summary(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
+  """The outcome in plain words."""
+  base = find(rows, methods[0], "base", LEGIBILITY)["mean_baseline"]
+  said = [
+    "A small Stable-Diffusion-shaped model drew handwritten digits. Simulated people, "
+    "who like bold and upright strokes, compared its drawings two at a time. The model "
+    "was then fine-tuned on these judgements, and drew again for phrasings and seeds "
+    f"that training never met. An independent reader recognises {percent(base)} of the "
+    "base model's digits."
+  ]
+  for method in methods:
+    taste, legible = (find(rows, method, "base", s) for s in (TASTE, LEGIBILITY))
+    said.append(
+      f"{method.upper()} wins {interval(taste)} of same-seed comparisons with the base "
+      f"under the taste; the reader recognises {percent(legible['mean_candidate'])} of "
+      "its digits."
+    )
+  if len(methods) == 2:
+    duel = find(rows, methods[1], methods[0], TASTE)
+    said.append(
+      f"Head to head at equal images, {methods[1].upper()} wins {interval(duel)} against "
+      f"{methods[0].upper()}."
+    )
+  return "\n\n".join(said)
+
+
+def headlines(
+  rows: Sequence[Mapping[str, Any]], methods: Sequence[str]
+) -> list[Headline]:
+  """The few figures to see first."""
+  shown = []
+  for method in methods:
+    row = find(rows, method, "base", TASTE)
+    shown.append(
+      Headline(
+        f"{method.upper()} over base, taste",
+        percent(row["win_rate"]),
+        f"95 %: {percent(row['ci_low'])} to {percent(row['ci_high'])}, n = {row['n']}",
+      )
+    )
+  legible = find(rows, methods[0], "base", LEGIBILITY)
+  shown.append(
+    Headline(
+      f"{methods[0].upper()} legible",
+      percent(legible["mean_candidate"]),
+      f"base: {percent(legible['mean_baseline'])}",
+    )
+  )
+  return shown
+
+
+def grid(evaluation: Evaluation) -> ImageGrid:
+  """Some prompts with the same seeds in all columns."""
+  texts = list(dict.fromkeys(evaluation.prompts))[:ROWS]
+  places = {text: [] for text in texts}
+  for i, text in enumerate(evaluation.prompts):
+    if text in places and len(places[text]) < SEEDS_SHOWN:
+      places[text].append(i)
+  index = np.array([places[text] for text in texts])
+  return ImageGrid(
+    candidates=list(evaluation.images),
+    prompts=texts,
+    seeds=[[evaluation.seeds[i] for i in row] for row in index],
+    images={name: images[index] for name, images in evaluation.images.items()},
+    scores={
+      name: {scorer: values[index].tolist() for scorer, values in by_scorer.items()}
+      for name, by_scorer in evaluation.scores.items()
+    },
+    pixelated=False,
+  )
+
+
+def data_figures(report: Mapping[str, Any]) -> dict[str, Any]:
+  """The plain numbers of the data report."""
+  return {
+    name.replace("_", " "): value
+    for name, value in report.items()
+    if isinstance(value, int | float | str) and not isinstance(value, bool)
+  }
+
+
+def list_lengths(report: Mapping[str, Any]) -> dict[int, int]:
+  """The length histogram of the data report, with int keys."""
+  lengths = report["lists"]["length_histogram"]
+  return {int(length): count for length, count in lengths.items()}
+
+
+def notes(
+  config: ml_collections.ConfigDict,
+  rows: Sequence[Mapping[str, Any]],
+  methods: Sequence[str],
+  exported: Mapping[str, Any],
+) -> list[str]:
+  """What a careful reader should know."""
+  train = config.train
+  said = [
+    f"All methods saw the same judgements and {train.total_steps} updates of "
+    f"{train.images_per_update} images; they differ in how many comparisons each image "
+    "takes part in.",
+    "The taste scorer is the simulated people's own taste without their noise: it says "
+    "whether the judgements were learnt, not whether the images are good. The "
+    "legibility scorer was not used in training, nor to choose anything.",
+    f"Export: {exported['checked']}.",
+  ]
+  cut_back = [r["candidate"] for r in rows if ", drift of " in r["candidate"]]
+  if cut_back:
+    said.append(
+      f"'{cut_back[0]}' is an earlier checkpoint of the method that moved further, "
+      "taken where its drift is nearest the other's final drift: a method should not "
+      "win by merely moving faster."
+    )
+  return said
+
+
+def versions() -> dict[str, str]:
+  """What ran."""
+  found = {"lpo_jax": __version__, "python": platform.python_version()}
+  return found | {name: importlib.metadata.version(name) for name in PACKAGES}

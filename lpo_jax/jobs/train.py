@@ -1,0 +1,384 @@
+"""The train job: cache and base model in, checkpoints and metrics out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import signal
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from lpo_jax import console, models, objectives, parallel, pretrained
+from lpo_jax.data.pipeline import Batches
+from lpo_jax.diffusion import noising, schedule
+from lpo_jax.errors import StoppedEarly, UserError
+from lpo_jax.jobs import cache as cache_job
+from lpo_jax.training import optimizer as optimizer_lib
+from lpo_jax.training import state as state_lib
+from lpo_jax.training import step as step_lib
+from lpo_jax.training.checkpoint import Checkpoints
+from lpo_jax.training.report import Report
+
+# Keys that may change between the sessions of one run without making it another run.
+FREE_KEYS = (
+  "job",
+  "mesh.",
+  "eval.",
+  "export.",
+  "inspect.",
+  "quickstart.",
+  "data.cache",
+  "data.max_bad_images",
+  "model.attention",
+  "model.remat",
+  "train.total_steps",
+  "train.microbatch",
+  "train.checkpoint_every",
+  "train.keep_last",
+  "train.log_every",
+  "train.max_minutes",
+)
+
+# On several hosts all must stop at the same step; they ask each other this often.
+AGREE_EVERY = 16
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+  """Trains until `train.total_steps` updates are completed; resumes what is there.
+
+  Args:
+    config: the resolved config.
+    workdir: gets config.json, checkpoints/, metrics.jsonl and tensorboard/.
+
+  Returns:
+    The last metrics, and how long compiling and training took in seconds.
+
+  Raises:
+    UserError: a config, cache or model that cannot be used, or a NaN loss.
+    StoppedEarly: a signal, a STOP file or the time budget; the run is saved.
+  """
+  workdir = pathlib.Path(workdir)
+  mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+  train = config.train
+  step_lib.check_batch_arithmetic(mesh, train.images_per_update, train.microbatch)
+  remember_config(config, workdir)
+  checkpoints = Checkpoints(workdir / "checkpoints", keep_last=train.keep_last)
+  if checkpoints.latest is not None and checkpoints.latest >= train.total_steps:
+    console.say(f"already trained to step {checkpoints.latest}: {workdir}")
+    checkpoints.close()
+    return {"step": checkpoints.latest}
+
+  cache = cache_job.open_for(config, workdir)
+  batches = Batches(
+    cache,
+    images_per_update=train.images_per_update,
+    seed=config.seed,
+    caption_dropout=config.data.caption_dropout,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  run_parts = prepare(config, mesh)
+  state = run_parts.state
+  start = 0
+  if checkpoints.latest is not None:
+    state, meta = checkpoints.restore(state)
+    batches.set_state(meta["data"])
+    start = int(state.step)
+    console.say(f"resuming from step {start} of {train.total_steps}")
+  say_arithmetic(config, mesh, cache, batches)
+
+  report = Report(
+    workdir,
+    total_steps=train.total_steps,
+    images_per_update=train.images_per_update,
+    start_step=start,
+    every=train.log_every,
+    label=f"training {config.objective.name}",
+    on_nonfinite=train.on_nonfinite,
+  )
+  try:
+    return _loop(config, workdir, mesh, run_parts, state, batches, checkpoints, report)
+  finally:
+    report.close()
+    checkpoints.close()
+    batches.close()
+    cache.close()
+
+
+@dataclasses.dataclass
+class RunParts:
+  """What the loop needs besides data.
+
+  Attributes:
+    method: networks, noising, objective.
+    optimizer: the gradient transformation.
+    state: on the mesh, before the first update.
+    ref_params: the frozen reference on the mesh, or None.
+  """
+
+  method: step_lib.Method
+  optimizer: Any
+  state: state_lib.TrainState
+  ref_params: Any
+
+
+def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> RunParts:
+  """Loads policy and reference onto the mesh and binds the method's three axes."""
+  train, dtype = config.train, jnp.dtype(config.model.dtype)
+  objective = objectives.get(**config.objective)
+  noise = noising.get(**config.noising)
+  path = config.model.path
+  vae_config = pretrained.read_config(path, "vae")
+  model = models.build(
+    pretrained.read_config(path, "unet"),
+    dtype=dtype,
+    attention=config.model.attention,
+    remat=config.model.remat,
+  )
+  method = step_lib.Method(
+    unet=model.apply,
+    schedule=schedule.from_config(pretrained.scheduler_config(path)),
+    noising=noise,
+    objective=objective,
+    seed=config.seed,
+    scaling_factor=vae_config.get("scaling_factor", 0.18215),
+    microbatch=train.microbatch,
+    unroll=jax.default_backend() == "cpu",
+  )
+  shardings = parallel.param_shardings(model.abstract_params, mesh)
+  params = pretrained.load(path, "unet", sharding=shardings).params
+  tx = optimizer_lib.build(
+    train.optimizer,
+    params,
+    learning_rate=train.learning_rate,
+    warmup_steps=train.warmup_steps,
+    clip_norm=train.clip_norm,
+    decay_rules=train.decay,
+    trainable_rules=train.trainable,
+    on_nonfinite=train.on_nonfinite,
+    options=train.optimizer_args,
+  )
+  state = state_lib.place(mesh, params, tx, with_ema=train.ema > 0, shardings=shardings)
+  ref_params = None
+  if method.has_reference:
+    ref_params = reference_params(params, dtype)
+  return RunParts(method, tx, state, ref_params)
+
+
+def reference_params(params: Any, dtype: Any) -> Any:
+  """The frozen copy: matrices in the compute dtype, vectors in fp32.
+
+  The policy's matrices are rounded to the compute dtype where they are used, its biases
+  and norms are not; only a reference stored the same way gives margins of exactly 0.
+  """
+  # The copy must own its memory: the policy's is donated to the first step.
+  keep = jax.jit(lambda x: x + 0 if x.ndim < 2 else (x + 0).astype(dtype))
+  return jax.tree.map(keep, params)
+
+
+def remember_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes config.json, or checks that the run in `workdir` is this one.
+
+  Raises:
+    UserError: the workdir holds a run with other values of keys that matter.
+  """
+  file = workdir / "config.json"
+  now = json.loads(config.to_json_best_effort())
+  if file.exists():
+    then = _flat(json.loads(file.read_text("utf-8")))
+    mine = _flat(now)
+    differing = [
+      key
+      for key in sorted(mine.keys() | then.keys())
+      if mine.get(key) != then.get(key) and not key.startswith(FREE_KEYS)
+    ]
+    if differing:
+      key = differing[0]
+      raise UserError(
+        f"{workdir} holds another run: {', '.join(differing)} differ (first: {key} was "
+        f"{then.get(key)!r}, is {mine.get(key)!r}). Use the old values to go on "
+        "with it, or another --workdir for a new run."
+      )
+  parallel.barrier("config compared")
+  if parallel.is_main_process():
+    workdir.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+  """Flattens nested dictionaries to dotted keys."""
+  if not isinstance(tree, dict) or not tree:
+    return {prefix[:-1]: tree}
+  flat = {}
+  for key, value in tree.items():
+    flat |= _flat(value, f"{prefix}{key}.")
+  return flat
+
+
+def say_arithmetic(config: Any, mesh: Any, cache: Any, batches: Batches) -> None:
+  """Prints what one update is made of, before anything is compiled."""
+  train = config.train
+  mean_size = float(np.mean(cache.lists.lengths))
+  per_device = train.images_per_update // mesh.size
+  count = train.images_per_update // (train.microbatch or train.images_per_update)
+  epochs = train.total_steps / max(
+    batches.lists_per_epoch * mean_size / train.images_per_update, 1e-9
+  )
+  console.say(
+    f"{config.objective.name}: {train.images_per_update} images an update = "
+    f"{mesh.size} device(s) x {count} microbatch(es) x {per_device // count} images; "
+    f"{batches.lists_per_epoch} lists of {mean_size:.2f} images; "
+    f"{train.total_steps} updates are about {epochs:.1f} epochs"
+  )
+
+
+def _loop(
+  config: Any,
+  workdir: pathlib.Path,
+  mesh: Any,
+  parts: RunParts,
+  state: state_lib.TrainState,
+  batches: Batches,
+  checkpoints: Checkpoints,
+  report: Report,
+) -> dict[str, Any]:
+  """Runs updates until the end or a reason to stop."""
+  train, began = config.train, time.monotonic()
+  stop = StopRequests(workdir, max_minutes=train.max_minutes, began=began)
+  step = int(state.step)
+  position = batches.get_state()
+  batch = parallel.global_batch(mesh, next(batches))
+  console.say("compiling the train step (once; the compiled step is kept for later)")
+  compiled = step_lib.compile_train_step(
+    mesh,
+    state,
+    parts.ref_params,
+    batch,
+    method=parts.method,
+    optimizer=parts.optimizer,
+    ema_decay=train.ema,
+  )
+  compile_seconds = time.monotonic() - began
+  console.say(f"compiled in {compile_seconds:.0f} s")
+  report.restart_clock()
+  began_training = time.monotonic()
+
+  def save() -> None:
+    report.flush()  # a NaN of the last step stops the run before it is saved
+    checkpoints.save(state, {"data": position})
+
+  with stop:
+    while step < train.total_steps:
+      state, metrics = compiled(state, parts.ref_params, batch)
+      step += 1
+      report.push(step, metrics)
+      position = batches.get_state()  # of the first batch not yet trained on
+      if step < train.total_steps:
+        waiting = time.perf_counter()
+        batch = parallel.global_batch(mesh, next(batches))
+        report.data_wait(time.perf_counter() - waiting)
+      reason = stop.reason(step)
+      if reason or step == train.total_steps or step % train.checkpoint_every == 0:
+        save()
+      if reason and step < train.total_steps:
+        checkpoints.wait()
+        raise StoppedEarly(
+          f"{reason}: saved step {step} of {train.total_steps} in {workdir}. The same "
+          "command goes on from there."
+        )
+  checkpoints.wait()
+  return {
+    "step": step,
+    **report.last,
+    "compile_seconds": compile_seconds,
+    "train_seconds": time.monotonic() - began_training,
+    "epochs": batches.epochs_seen,
+    "slot_utilisation": batches.utilisation,
+  }
+
+
+class StopRequests:
+  """Notices SIGTERM, SIGINT, a STOP file in the workdir, and the end of the budget."""
+
+  def __init__(self, workdir: pathlib.Path, *, max_minutes: float, began: float):
+    self._file = workdir / "STOP"
+    self._deadline = began + 60 * max_minutes if max_minutes else float("inf")
+    self._signal: str | None = None
+    self._old: dict[int, Any] = {}
+
+  def __enter__(self) -> StopRequests:
+    for number in (signal.SIGTERM, signal.SIGINT):
+      try:
+        self._old[number] = signal.signal(number, self._note)
+      except ValueError:  # not the main thread: a test or a notebook
+        pass
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+
+  def _note(self, number: int, frame: Any) -> None:
+    del frame
+    self._signal = signal.Signals(number).name
+
+  def reason(self, step: int) -> str | None:
+    """Why to stop after `step`, the same on every process; None to go on."""
+    reason = None
+    if self._signal:
+      reason = f"received {self._signal}"
+    elif self._file.exists():
+      reason = f"found {self._file}"
+    elif time.monotonic() > self._deadline:
+      reason = "train.max_minutes is over"
+    if jax.process_count() == 1:
+      return reason
+    if step % AGREE_EVERY:
+      return None
+    from jax.experimental import multihost_utils
+
+    any_host = multihost_utils.process_allgather(np.array(reason is not None)).any()
+    return (reason or "another host asked to stop") if any_host else None
+
+
+def trained_params(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  mesh: jax.sharding.Mesh,
+  step: int | None = None,
+) -> tuple[Any, int]:
+  """Loads what a run's checkpoint would publish: its EMA if it has one.
+
+  Args:
+    config: the run's.
+    workdir: the run's.
+    mesh: where to put the parameters.
+    step: which checkpoint; default the latest.
+
+  Returns:
+    Parameters as global arrays, and the step they are of.
+  """
+  checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.train.keep_last)
+  try:
+    parts = prepare(config, mesh)
+    state, _ = checkpoints.restore(parts.state, step)
+  finally:
+    checkpoints.close()
+  params = state.params if state.ema is None else state.ema
+  return params, int(state.step)
+
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+  """The steps of which a run has checkpoints, ascending."""
+  checkpoints = Checkpoints(workdir / "checkpoints")
+  try:
+    return checkpoints.steps
+  finally:
+    checkpoints.close()

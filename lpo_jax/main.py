@@ -1,0 +1,240 @@
+"""The front door: flags -> config -> distributed start -> one job -> exit code.
+
+  python -m lpo_jax.main --config configs/X.py[:arg] --workdir DIR [--job JOB]
+      [--config.path.to.key=value ...]
+
+Exit codes: 0 done · 2 bad usage, config or data · 3 stopped early but resumable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from lpo_jax.errors import StoppedEarly, UserError, nearest, unknown_name
+
+EXIT_DONE, EXIT_USER_ERROR, EXIT_STOPPED_EARLY = 0, 2, 3
+
+JOBS = ("inspect", "cache", "train", "evaluate", "export", "quickstart")
+
+# Sections whose keys are a function's options: the function refuses the unknown ones.
+OPEN_SECTIONS = (
+  "objective",
+  "noising",
+  "quickstart",
+  "train.optimizer_args",
+  "eval.candidates",
+  "inspect.limits",
+)
+
+
+def load_config(location: str) -> ml_collections.ConfigDict:
+  """Runs `get_config` of a config file.
+
+  Args:
+    location: `path.py` or `path.py:arg`; a path that does not exist is also looked for
+      among the configs that come with the package.
+
+  Raises:
+    UserError: no such file, or a file that is not a config.
+  """
+  path, _, argument = location.partition(":")
+  file = pathlib.Path(path)
+  shipped = pathlib.Path(__file__).parent / "configs"
+  if not file.is_file() and (shipped / file.name).is_file():
+    file = shipped / file.name
+  if not file.is_file():
+    known = sorted(p.name for p in shipped.glob("*.py") if p.name[0] != "_")
+    match = nearest(file.name, known)
+    raise UserError(
+      f"no config file {path!r}"
+      + (f"; did you mean configs/{match}?" if match else ".")
+      + f" Shipped configs: {', '.join(known)}."
+    )
+  spec = importlib.util.spec_from_file_location("lpo_jax_run_config", file)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    get_config = module.get_config
+    config = get_config(argument) if argument else get_config()
+  except UserError:
+    raise
+  except Exception as e:
+    raise UserError(
+      f"config {file} cannot be used: {type(e).__name__}: {e}. Expected a Python file "
+      "with get_config(arg='') that fills common.get_config()."
+    ) from e
+  check_keys(config)
+  return config
+
+
+def check_keys(config: ml_collections.ConfigDict) -> None:
+  """Refuses keys that no job reads.
+
+  Raises:
+    UserError: names the first unknown key and the nearest known one.
+  """
+  from lpo_jax.configs import common
+
+  def compare(given: Mapping, known: Mapping, prefix: str) -> None:
+    for key in given:
+      name = f"{prefix}{key}"
+      if key not in known:
+        raise unknown_name("config key", name, [f"{prefix}{k}" for k in known])
+      section = name in OPEN_SECTIONS
+      if isinstance(known[key], ml_collections.ConfigDict) and not section:
+        compare(given[key], known[key], name + ".")
+    missing = [f"{prefix}{key}" for key in known if key not in given]
+    if missing:
+      raise UserError(
+        f"config key {missing[0]} is missing; start from common.get_config(), which "
+        "has every key."
+      )
+
+  compare(config, common.get_config(), "")
+
+
+def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
+  """Sets one key from the command line, by the type of what it replaces.
+
+  Args:
+    config: changed in place.
+    name: "train.total_steps".
+    text: the value as typed; numbers, tuples, True and None as in Python, all else text.
+
+  Raises:
+    UserError: no such key, or a value of another type.
+  """
+  *parents, key = name.split(".")
+  section, prefix = config, ""
+  for part in [*parents, key]:
+    path = prefix + part
+    if not isinstance(section, ml_collections.ConfigDict):
+      raise UserError(f"config key {prefix[:-1]} is a value, it has no key {part!r}.")
+    new_option = part == key and prefix[:-1] in OPEN_SECTIONS
+    if part not in section and not new_option:
+      raise unknown_name("config key", path, [prefix + k for k in section])
+    if part != key or path != name:
+      section, prefix = section[part], path + "."
+  value = _typed(name, text, section.get_ref(key).get() if key in section else None)
+  with section.unlocked():
+    section[key] = value
+
+
+def _typed(name: str, text: str, old: Any) -> Any:
+  """Reads `text` as the type of `old`."""
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = {"true": True, "false": False}.get(text.lower(), text)
+  if isinstance(old, str):
+    return value if isinstance(value, tuple | list) else text
+  if isinstance(old, bool) and value in (0, 1):
+    return bool(value)
+  if isinstance(old, float) and isinstance(value, int) and value is not True:
+    return float(value)
+  if isinstance(old, tuple) and not isinstance(value, tuple):
+    return tuple(value) if isinstance(value, list) else (value,)
+  if isinstance(old, ml_collections.ConfigDict):
+    raise UserError(f"config key {name} is a section; set one of its keys: {list(old)}.")
+  if old is not None and value is not None and not isinstance(value, type(old)):
+    raise UserError(
+      f"--config.{name}={text}: expected {type(old).__name__} (now {old!r}), came "
+      f"{type(value).__name__}."
+    )
+  return value
+
+
+def parse(
+  argv: Sequence[str],
+) -> tuple[ml_collections.ConfigDict, pathlib.Path, str]:
+  """Reads the command line.
+
+  Returns:
+    The resolved config, the workdir and the job's name.
+
+  Raises:
+    UserError: anything on it that cannot be used.
+  """
+  parser = argparse.ArgumentParser(
+    prog="python -m lpo_jax.main",
+    description="Preference optimisation for diffusion models on ranked lists.",
+    epilog="--config.path.to.key=value changes one key of the config. Exit codes: 0 "
+    "done, 2 bad usage, config or data, 3 stopped early but resumable.",
+    allow_abbrev=False,
+  )
+  parser.add_argument("--config", required=True, help="configs/X.py or configs/X.py:arg")
+  parser.add_argument("--workdir", required=True, help="where the run lives")
+  parser.add_argument("--job", help=f"one of {', '.join(JOBS)}; default config.job")
+  flags, rest = parser.parse_known_args(list(argv))
+  config = load_config(flags.config)
+  overrides = iter(rest)
+  for argument in overrides:
+    if not argument.startswith("--config."):
+      raise unknown_name("flag", argument, ["--config", "--workdir", "--job"])
+    name, equals, text = argument.removeprefix("--config.").partition("=")
+    if not equals:
+      text = next(overrides, None)
+      if text is None:
+        raise UserError(f"{argument} has no value; write {argument}=VALUE.")
+    override(config, name, text)
+  job = flags.job or config.job
+  if job not in JOBS:
+    raise unknown_name("job", job, JOBS)
+  return config, pathlib.Path(flags.workdir), job
+
+
+def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the config as JSON-able dictionaries, lists and scalars."""
+  return json.loads(config.to_json_best_effort())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one job; returns the exit code."""
+  logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+  try:
+    config, workdir, job = parse(sys.argv[1:] if argv is None else argv)
+    run = importlib.import_module(f"lpo_jax.jobs.{job}").run
+    _prepare(workdir)
+    run(config, workdir)
+  except UserError as e:
+    print(f"\nlpo_jax: {e}", file=sys.stderr)
+    return EXIT_USER_ERROR
+  except StoppedEarly as e:
+    print(f"\nlpo_jax: {e}", file=sys.stderr)
+    return EXIT_STOPPED_EARLY
+  return EXIT_DONE
+
+
+def _prepare(workdir: pathlib.Path) -> None:
+  """Joins the other processes, makes the workdir, remembers compilations."""
+  from lpo_jax import parallel
+
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise UserError(
+      f"cannot make --workdir {workdir}: {e}. Expected a place that can be written to."
+    ) from e
+  parallel.initialize_distributed()
+  import jax
+
+  if not jax.config.jax_compilation_cache_dir:
+    cache = pathlib.Path.home() / ".cache" / "lpo_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+if __name__ == "__main__":
+  sys.exit(main())

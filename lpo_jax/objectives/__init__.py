@@ -1,0 +1,67 @@
+"""The objectives: pure functions of three scalars per image and a ranking.
+
+Every objective has the signature
+
+  objective(denoising: Denoising, ranking: Ranking, *, ...) -> (loss, metrics)
+
+with `[B, N]` inputs in fp32, a scalar loss averaged over the lists by their weights, and
+metrics that are scalars. It never sees an image, a key or a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from lpo_jax import tables
+from lpo_jax.objectives.listwise import lpo
+from lpo_jax.objectives.pairwise import dpo
+from lpo_jax.objectives.pointwise import sft
+from lpo_jax.types import Array, Denoising, Metrics, Ranking
+
+ObjectiveFn = Callable[..., tuple[Array, Metrics]]
+
+OBJECTIVES: dict[str, ObjectiveFn] = {"sft": sft, "dpo": dpo, "lpo": lpo}
+
+# Which scalars an objective reads. One that needs only `err` runs without a reference.
+NEEDS: Mapping[str, frozenset[str]] = {
+  "sft": frozenset({"err"}),
+  "dpo": frozenset({"err", "ref_err"}),
+  "lpo": frozenset({"err", "ref_err"}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """An objective with its options bound.
+
+  Attributes:
+    name: its name in `OBJECTIVES`.
+    needs: the fields of `Denoising` that it reads.
+    hyper: the bound options.
+  """
+
+  name: str
+  needs: frozenset[str]
+  hyper: Mapping[str, float]
+  fn: ObjectiveFn = dataclasses.field(repr=False)
+
+  def __call__(self, denoising: Denoising, ranking: Ranking) -> tuple[Array, Metrics]:
+    return self.fn(denoising, ranking)
+
+
+def get(name: str, **hyper) -> Objective:
+  """Returns the objective called `name` with its hyper-parameters bound.
+
+  Args:
+    name: a name in `OBJECTIVES`.
+    **hyper: the objective's keyword-only parameters.
+
+  Raises:
+    UserError: unknown name or hyper-parameter (with the nearest match), or a missing one.
+
+  >>> get("lpo", beta=2000.0).needs == {"err", "ref_err"}
+  True
+  """
+  bound = tables.bind("objective", OBJECTIVES, name, hyper)
+  return Objective(name=name, needs=NEEDS[name], hyper=dict(hyper), fn=bound)

@@ -1,0 +1,1 @@
+"""Scores of images by outside judges, and how often one model beats another."""

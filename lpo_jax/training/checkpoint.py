@@ -1,0 +1,116 @@
+"""Keeping a run: state and data position together, atomically, through Orbax.
+
+The only file that knows Orbax' API (v1).
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+from lpo_jax import trees
+from lpo_jax.errors import UserError
+from lpo_jax.training.state import TrainState
+
+
+class Checkpoints:
+  """The checkpoints of one workdir.
+
+  Args:
+    folder: the run's `checkpoints/`; created when missing.
+    keep_last: how many of the newest to keep.
+  """
+
+  def __init__(self, folder: str | pathlib.Path, *, keep_last: int = 2):
+    from orbax.checkpoint import v1 as ocp
+
+    self.folder = pathlib.Path(folder).absolute()
+    try:
+      self.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+      raise UserError(
+        f"cannot write checkpoints to {self.folder}: {e}. Expected a writable folder; "
+        "choose another --workdir."
+      ) from e
+    self._orbax = ocp.training.Checkpointer(
+      self.folder,
+      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+      preservation_policy=ocp.training.preservation_policies.LatestN(keep_last),
+      cleanup_tmp_directories=True,
+    )
+
+  @property
+  def latest(self) -> int | None:
+    """The newest complete checkpoint's step, or None."""
+    latest = self._orbax.latest
+    return None if latest is None else latest.step
+
+  @property
+  def steps(self) -> list[int]:
+    """The steps of all complete checkpoints, ascending."""
+    return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
+
+  def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+    """Starts an atomic save of `state` and the JSON-able `meta`; returns early.
+
+    The arrays are copied to the host before this returns, so the caller may donate
+    them. A checkpoint of the same step is left as it is.
+    """
+    step = int(state.step)
+    if step == self.latest:
+      return
+    self._orbax.save_checkpointables_async(
+      step, {"state": trees.named_leaves(state), "meta": json.loads(json.dumps(meta))}
+    )
+
+  def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
+    """Loads a checkpoint onto the devices where `like` lives.
+
+    Args:
+      like: arrays or ShapeDtypeStructs with shardings; any mesh will do.
+      step: which; default the latest.
+
+    Raises:
+      UserError: there is none, or its arrays are not those of `like`.
+    """
+    step = self.latest if step is None else step
+    if step is None:
+      raise UserError(f"no checkpoint in {self.folder}: train first (--job train).")
+    wanted = {
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+      for name, x in trees.named_leaves(like).items()
+    }
+    self._check(step, wanted)
+    loaded = self._orbax.load_checkpointables(step, {"state": wanted, "meta": None})
+    return trees.unflatten_named(loaded["state"], like), loaded["meta"]
+
+  def _check(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Compares names and shapes first: Orbax' own complaint is pages of noise."""
+    metadata = self._orbax.checkpointables_metadata(step).metadata["state"]
+    found = {name: tuple(x.shape) for name, x in metadata.items()}
+    expected = {name: tuple(x.shape) for name, x in wanted.items()}
+    differing = sorted(
+      name
+      for name in found.keys() | expected.keys()
+      if found.get(name) != expected.get(name)
+    )
+    if differing:
+      name = differing[0]
+      raise UserError(
+        f"checkpoint {step} in {self.folder} is of another model or optimizer: "
+        f"{len(differing)} arrays differ, first {name!r} (expected "
+        f"{expected.get(name)}, found {found.get(name)}). Use the config it was made "
+        "with, or another --workdir."
+      )
+
+  def wait(self) -> None:
+    """Waits until what was started to be saved is safe on disk."""
+    self._orbax.wait()
+
+  def close(self) -> None:
+    """Waits, then lets go of the folder."""
+    self._orbax.wait()
+    self._orbax.close()

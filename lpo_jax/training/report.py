@@ -1,0 +1,161 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard, one live line.
+
+Metrics of step k-1 are fetched after step k has been dispatched, so that reporting never
+makes the device wait.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+from lpo_jax import console, parallel
+from lpo_jax.errors import UserError
+
+
+class NonFiniteLoss(UserError):
+  """The loss or gradient became NaN or infinite."""
+
+
+class Report:
+  """Writes a run's metrics, one step late.
+
+  Args:
+    workdir: gets `metrics.jsonl` and `tensorboard/` (main process only).
+    total_steps: of the run.
+    images_per_update: to turn steps into images/s.
+    start_step: completed updates before this session (resume).
+    every: write every so many steps.
+    label: what the live line calls the run.
+    on_nonfinite: "stop" raises on a NaN, "skip" counts it.
+  """
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    total_steps: int,
+    images_per_update: int,
+    start_step: int = 0,
+    every: int = 1,
+    label: str = "training",
+    on_nonfinite: str = "stop",
+  ):
+    self._images, self._every = images_per_update, every
+    self._on_nonfinite = on_nonfinite
+    self._total = total_steps
+    self._progress = console.Progress(label, total_steps, "steps", start=start_step)
+    self._pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
+    self._clock, self._clock_step = time.perf_counter(), start_step
+    self._waited = 0.0
+    self.skipped = 0
+    self.last: dict[str, float] = {}
+    self._jsonl = self._board = None
+    if parallel.is_main_process():
+      from tensorboardX import SummaryWriter
+
+      workdir.mkdir(parents=True, exist_ok=True)
+      path = workdir / "metrics.jsonl"
+      _forget_after(path, start_step)
+      self._jsonl = path.open("a", encoding="utf-8")
+      self._board = SummaryWriter(
+        str(workdir / "tensorboard"), purge_step=start_step + 1
+      )
+
+  def data_wait(self, seconds: float) -> None:
+    """Adds time the step had to wait for its batch."""
+    self._waited += seconds
+
+  def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    """Takes the metrics of `step` (completed updates) and writes those before it.
+
+    Raises:
+      NonFiniteLoss: the step before had a NaN and the policy is "stop".
+    """
+    pending, self._pending = self._pending, (step, metrics, {})
+    if pending is not None:
+      self._write(*pending)
+
+  def flush(self) -> None:
+    """Writes what is still pending."""
+    if self._pending is not None:
+      pending, self._pending = self._pending, None
+      self._write(*pending)
+
+  def restart_clock(self) -> None:
+    """Leaves out of images/s what just happened (a compilation, an evaluation)."""
+    self.flush()
+    self._clock, self._waited = time.perf_counter(), 0.0
+
+  def _write(self, step: int, metrics: dict[str, jax.Array], extra: dict) -> None:
+    values = {name: float(x) for name, x in parallel.fetch(metrics).items()}
+    watched = ("loss", "grad_norm")
+    bad = [n for n in watched if n in values and not math.isfinite(values[n])]
+    if bad and self._on_nonfinite == "skip":
+      self.skipped += 1
+      self._progress.interrupt()
+      console.warn(f"step {step}: {bad[0]} is {values[bad[0]]}; the update is skipped")
+    if step % self._every == 0 or step == self._total or bad:
+      now = time.perf_counter()
+      elapsed, steps = now - self._clock, max(step - self._clock_step, 1)
+      values["images_per_second"] = self._images * steps / max(elapsed, 1e-9)
+      values["data_wait_share"] = min(self._waited / max(elapsed, 1e-9), 1.0)
+      self._clock, self._clock_step, self._waited = now, step, 0.0
+      self.last = values
+      self._record(step, {**values, **extra})
+    if bad and self._on_nonfinite == "stop":
+      raise NonFiniteLoss(
+        f"{bad[0]} became {values[bad[0]]} at step {step}. The last checkpoint is from "
+        "before. Lower train.learning_rate or objective.beta, or set "
+        "train.on_nonfinite='skip' to drop such updates, and run the same command again."
+      )
+
+  def _record(self, step: int, values: dict[str, Any]) -> None:
+    if self._jsonl is not None:
+      row = {"step": step, "time": round(time.time(), 3), **values}
+      # JSON has no NaN; null is what a reader expects.
+      row = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v
+        for k, v in row.items()
+      }
+      self._jsonl.write(json.dumps(row) + "\n")
+      self._jsonl.flush()
+      for name, value in values.items():
+        self._board.add_scalar(name, value, step)
+    shown = ("loss", "implicit_acc", "images_per_second")
+    short = {"images_per_second": "images/s"}
+    self._progress.update(
+      step, **{short.get(n, n): values[n] for n in shown if n in values}
+    )
+
+  def close(self) -> None:
+    """Closes the files; what is pending must have been flushed."""
+    if self._jsonl is not None:
+      self._jsonl.close()
+      self._board.close()
+
+
+def _forget_after(path: pathlib.Path, step: int) -> None:
+  """Drops rows past `step`: a resumed run writes them again."""
+  if not path.exists():
+    return
+  rows = read_metrics(path)
+  kept = [row for row in rows if row["step"] <= step]
+  if len(kept) < len(rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+
+def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
+  """Reads a metrics.jsonl; a last line cut short by a crash is left out."""
+  rows = []
+  for line in pathlib.Path(path).read_text("utf-8").splitlines():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows

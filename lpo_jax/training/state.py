@@ -1,0 +1,68 @@
+"""What a run is between two steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from lpo_jax import parallel
+from lpo_jax.types import Array, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything the step changes. The reference is not here: it never changes.
+
+  Attributes:
+    step: [] int32 number of *completed* updates.
+    params: fp32 master weights of the policy.
+    opt_state: optax' state.
+    ema: fp32 running mean of `params`, or None.
+  """
+
+  step: Array
+  params: Params
+  opt_state: Any
+  ema: Params | None
+
+
+def create(
+  params: Params, optimizer: optax.GradientTransformation, *, with_ema: bool
+) -> TrainState:
+  """Builds the state before the first update; works under `jax.eval_shape` and jit."""
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    ema=jax.tree.map(jnp.copy, params) if with_ema else None,
+  )
+
+
+def place(
+  mesh: Mesh,
+  params: Params,
+  optimizer: optax.GradientTransformation,
+  *,
+  with_ema: bool,
+  shardings: Any,
+) -> TrainState:
+  """Builds the state on the mesh, with the optimizer's slots beside their parameters.
+
+  Args:
+    mesh: from `parallel.make_mesh`.
+    params: global arrays, placed by `shardings`.
+    optimizer: from `optimizer.build`.
+    with_ema: keep a running mean of the parameters.
+    shardings: `parallel.param_shardings` of the params.
+  """
+  init = functools.partial(create, optimizer=optimizer, with_ema=with_ema)
+  abstract = jax.eval_shape(init, params)
+  where = parallel.state_shardings(abstract, params, mesh, shardings)
+  return jax.jit(init, out_shardings=where)(params)

@@ -1,0 +1,247 @@
+"""THE train step: noising, policy and reference, objective, gradient, update.
+
+A method is a point in noising x objective x conditioning; none of it is decided here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lpo_jax.diffusion.noising import Noised, Noising
+from lpo_jax.diffusion.schedule import NoiseSchedule
+from lpo_jax.errors import UserError
+from lpo_jax.objectives import Objective
+from lpo_jax.objectives.lists import standing_metrics
+from lpo_jax.training.state import TrainState
+from lpo_jax.types import Array, Batch, Conditioning, Denoising, Metrics, Params
+
+# (params, latents, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids) -> output
+UNet = Callable[..., Array]
+
+# By default XLA may keep more precision than bf16 asks for, and does so differently in
+# the differentiated policy and in the plain reference: `err - ref_err` is then 1e-3 off
+# at step 0, which is logits of fake reward at beta = 5000. With it off they are equal.
+COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """What is trained, how it is noised and what it is told to prefer.
+
+  Attributes:
+    unet: the policy's and the reference's network.
+    schedule: the forward process.
+    noising: makes (x_t, t, target) of a batch.
+    objective: turns scalars and rankings into a loss.
+    seed: of the run.
+    scaling_factor: of the VAE's latents.
+    microbatch: slots that go through the networks at once; all of them if 0.
+    unroll: unroll the scan over microbatches (XLA's CPU convolution gradients are
+      20 to 70 times slower inside a loop).
+  """
+
+  unet: UNet
+  schedule: NoiseSchedule
+  noising: Noising
+  objective: Objective
+  seed: int
+  scaling_factor: float
+  microbatch: int = 0
+  unroll: bool = False
+
+  @property
+  def has_reference(self) -> bool:
+    """Whether the objective reads anything of the reference."""
+    return bool(self.objective.needs & {"ref_err", "drift"})
+
+
+def mean_square(x: Array) -> Array:
+  """Mean over all axes but the first of x^2: [S, ...] -> [S], fp32."""
+  return jnp.mean(jnp.square(x), axis=tuple(range(1, x.ndim)))
+
+
+def denoise(
+  unet: UNet,
+  params: Params,
+  ref_params: Params | None,
+  noised: Noised,
+  conditioning: Conditioning,
+) -> Denoising:
+  """Runs policy and reference on the slots: three scalars per image.
+
+  Args:
+    unet: the network of both.
+    params: the policy's weights.
+    ref_params: the reference's, or None when the objective needs none (`ref_err` and
+      `drift` are then 0).
+    noised: [S, ...] inputs and targets.
+    conditioning: [S, ...].
+
+  Returns:
+    err, ref_err, drift: [S] fp32.
+  """
+  inputs = (
+    noised.noisy_latents,
+    noised.timesteps,
+    conditioning.prompt_embeds,
+    conditioning.pooled_prompt_embeds,
+    conditioning.time_ids,
+  )
+  with jax.named_scope("policy"):
+    pred = unet(params, *inputs).astype(jnp.float32)
+  # fp32 before the subtraction: half precision squares would be logits of noise.
+  target = noised.target.astype(jnp.float32)
+  err = mean_square(pred - target)
+  if ref_params is None:
+    return Denoising(err=err, ref_err=jnp.zeros_like(err), drift=jnp.zeros_like(err))
+  with jax.named_scope("reference"):
+    ref_pred = unet(jax.lax.stop_gradient(ref_params), *inputs).astype(jnp.float32)
+  # Named, so that rematerialisation keeps this small array and not the forward pass.
+  ref_pred = checkpoint_name(jax.lax.stop_gradient(ref_pred), "ref_pred")
+  return Denoising(
+    err=err, ref_err=mean_square(ref_pred - target), drift=mean_square(pred - ref_pred)
+  )
+
+
+def slot_scalars(
+  method: Method,
+  params: Params,
+  ref_params: Params | None,
+  noised: Noised,
+  conditioning: Conditioning,
+) -> Denoising:
+  """`denoise` over all slots, one microbatch in memory at a time: [S] scalars.
+
+  Lists may straddle microbatches: the objective sees all scalars of the update at once,
+  so accumulation equals the large batch by construction.
+  """
+  run = functools.partial(denoise, method.unet, params, ref_params)
+  slots = noised.timesteps.shape[0]
+  size = method.microbatch or slots
+  if size == slots:
+    return run(noised, conditioning)
+  count = slots // size
+
+  # Slot i goes to microbatch i mod count: with slots split over devices in contiguous
+  # blocks, every device then works on its own slots and nothing is moved.
+  def split(x: Array) -> Array:
+    return x.reshape(size, count, *x.shape[1:]).swapaxes(0, 1)
+
+  def join(x: Array) -> Array:
+    return x.swapaxes(0, 1).reshape(slots, *x.shape[2:])
+
+  keep = jax.checkpoint_policies.save_only_these_names("ref_pred")
+  body = jax.checkpoint(lambda _, xs: (None, run(*xs)), policy=keep)
+  micro = jax.tree.map(split, (noised, conditioning))
+  _, scalars = jax.lax.scan(body, None, micro, unroll=count if method.unroll else 1)
+  return jax.tree.map(join, scalars)
+
+
+def to_lists(scalars: Denoising, slot: Array) -> Denoising:
+  """Gathers [S] scalars into [B, N] lists."""
+  return jax.tree.map(lambda x: x[slot], scalars)
+
+
+def loss_and_metrics(
+  method: Method, params: Params, ref_params: Params | None, batch: Batch
+) -> tuple[Array, Metrics]:
+  """The loss of one update and its standing metrics, scalars in fp32."""
+  with jax.named_scope("noising"):
+    noised = method.noising(
+      batch, method.schedule, method.seed, scaling_factor=method.scaling_factor
+    )
+  scalars = slot_scalars(method, params, ref_params, noised, batch.conditioning)
+  with jax.named_scope("objective"):
+    denoising = to_lists(scalars, batch.slot)
+    loss, metrics = method.objective(denoising, batch.ranking)
+    if ref_params is not None:
+      metrics = {**standing_metrics(denoising, batch.ranking), **metrics}
+  return loss, {"loss": loss, **metrics}
+
+
+def train_step(
+  state: TrainState,
+  ref_params: Params | None,
+  batch: Batch,
+  *,
+  method: Method,
+  optimizer: optax.GradientTransformation,
+  ema_decay: float = 0.0,
+) -> tuple[TrainState, Metrics]:
+  """One update.
+
+  Args:
+    state: before the update.
+    ref_params: the frozen reference; never donated.
+    batch: global arrays.
+    method: noising, objective, networks.
+    optimizer: from `optimizer.build`.
+    ema_decay: of `state.ema`, where there is one.
+
+  Returns:
+    The state after the update, and scalars: the loss, the standing metrics, the global
+    norms of gradient (before clipping) and update.
+  """
+  grad_fn = jax.value_and_grad(
+    lambda params: loss_and_metrics(method, params, ref_params, batch), has_aux=True
+  )
+  (_, metrics), grads = grad_fn(state.params)
+  with jax.named_scope("optimizer"):
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+      ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+  metrics["grad_norm"] = optax.tree.norm(grads)
+  metrics["update_norm"] = optax.tree.norm(updates)
+  return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def check_batch_arithmetic(mesh: Mesh, images_per_update: int, microbatch: int) -> None:
+  """Refuses slot counts that do not divide, before anything is compiled.
+
+  Raises:
+    UserError: naming the two numbers and the nearest ones that would do.
+  """
+  devices = mesh.size
+  if images_per_update % devices:
+    good = max(images_per_update // devices, 1) * devices
+    raise UserError(
+      f"train.images_per_update={images_per_update} does not divide over {devices} "
+      f"devices; the nearest that does is {good}."
+    )
+  if microbatch and (images_per_update % microbatch or microbatch % devices):
+    raise UserError(
+      f"train.microbatch={microbatch}: expected a divisor of train.images_per_update="
+      f"{images_per_update} and a multiple of the {devices} device(s), or 0 for no "
+      "accumulation."
+    )
+
+
+def compile_train_step(
+  mesh: Mesh, state: TrainState, ref_params: Params | None, batch: Batch, **step_args: Any
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Compiles `train_step` ahead of time for the shardings of its (real) arguments.
+
+  The state is donated. Arguments may be arrays or ShapeDtypeStructs with shardings.
+  """
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  out = jax.tree.map(lambda x: x.sharding, state)
+  step = jax.jit(
+    functools.partial(train_step, **step_args),
+    donate_argnums=0,
+    out_shardings=(out, everywhere),
+    compiler_options=COMPILER_OPTIONS,
+  )
+  with jax.set_mesh(mesh):
+    return step.lower(state, ref_params, batch).compile()
+

@@ -1,0 +1,83 @@
+"""Parameter trees: leaves by name, and ordered regex rules over these names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from lpo_jax.errors import UserError
+
+
+def leaf_name(path: Sequence[Any]) -> str:
+  """Joins a jax key path with dots: ``down_blocks.0.resnets.1.conv1.kernel``."""
+  parts = []
+  for entry in path:
+    for attribute in ("key", "name", "idx"):
+      if hasattr(entry, attribute):
+        parts.append(str(getattr(entry, attribute)))
+        break
+  return ".".join(parts)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+  """Returns the leaves of `tree` by dotted name, in tree order."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {leaf_name(path): leaf for path, leaf in leaves}
+
+
+def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+  """Maps ``fn(name, leaf, *other_leaves)`` over trees of equal structure."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, *leaves: fn(leaf_name(path), *leaves), tree, *rest
+  )
+
+
+def unflatten_named(leaves: Mapping[str, Any], like: Any) -> Any:
+  """Puts `leaves`, by dotted name, into the structure of `like`.
+
+  Raises:
+    UserError: a name of `like` is missing from `leaves`, or one is left over.
+  """
+  names = named_leaves(like)
+  missing = [name for name in names if name not in leaves]
+  extra = [name for name in leaves if name not in names]
+  if missing or extra:
+    raise UserError(
+      f"parameter names do not match: {len(missing)} missing (first: {missing[:3]}), "
+      f"{len(extra)} unexpected (first: {extra[:3]})."
+    )
+  return map_named(lambda name, _: leaves[name], like)
+
+
+def match_rules(rules: Sequence[tuple[str, Any]], tree: Any, *, what: str) -> Any:
+  """Gives every leaf the value of the first rule whose regex finds its name.
+
+  Args:
+    rules: (regex, value) in order; `re.search` against the dotted leaf name.
+    tree: any pytree.
+    what: what the values mean, for the error ("partition", "weight decay").
+
+  Returns:
+    A tree of `tree`'s structure that holds the matched values.
+
+  Raises:
+    UserError: a leaf that no rule matches: nothing is decided by silence.
+
+  >>> match_rules([("bias$", 0.0), (".*", 0.01)], {"bias": 1, "kernel": 2}, what="decay")
+  {'bias': 0.0, 'kernel': 0.01}
+  """
+  compiled = [(re.compile(pattern), value) for pattern, value in rules]
+
+  def first_match(name: str, _: Any) -> Any:
+    for pattern, value in compiled:
+      if pattern.search(name):
+        return value
+    raise UserError(
+      f"no {what} rule matches parameter {name!r}; rules are tried in order: "
+      f"{[p.pattern for p, _ in compiled]}. Add one, or end the list with '.*'."
+    )
+
+  return map_named(first_match, tree)

@@ -1,0 +1,89 @@
+"""The nouns that cross rooms: what a batch is, and what an objective may look at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+Array = jax.Array
+Params = Mapping[Any, Any]  # nested dict of arrays, keyed like the modules' attributes
+Metrics = dict[str, Array]
+
+
+def _record(cls):
+  """Makes a frozen dataclass that jax transforms treat as a pytree of its fields."""
+  return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@_record
+class Denoising:
+  """Everything an objective may look at: three scalars per image, fp32.
+
+  Each is a mean over the latent's dimensions. Items that are not `Ranking.valid` hold
+  any finite value and must not matter.
+
+  Attributes:
+    err: [B, N] mean (pred - target)^2, the policy's denoising error.
+    ref_err: [B, N] mean (ref_pred - target)^2, the reference's, without gradient.
+    drift: [B, N] mean (pred - ref_pred)^2, how far the policy moved.
+  """
+
+  err: Array
+  ref_err: Array
+  drift: Array
+
+
+@_record
+class Ranking:
+  """What people said about the items of each list.
+
+  Attributes:
+    rank: [B, N] int32, 0 = best, equal = "no order among us" (a tie).
+    valid: [B, N] bool, False where a list is shorter than N.
+    score: [B, N] fp32 continuous score from outside (0 where there is none).
+    weight: [B] fp32 weight of the list; 0 for rows that hold no list.
+  """
+
+  rank: Array
+  valid: Array
+  score: Array
+  weight: Array
+
+
+@_record
+class Conditioning:
+  """What the UNet is told about each slot, under diffusers' names.
+
+  Attributes:
+    prompt_embeds: [S, L, D] text states.
+    pooled_prompt_embeds: [S, P] pooled text (SDXL), else None.
+    time_ids: [S, 6] original size, crop and target size in pixels (SDXL), else None.
+  """
+
+  prompt_embeds: Array
+  pooled_prompt_embeds: Array | None = None
+  time_ids: Array | None = None
+
+
+@_record
+class Batch:
+  """One update: S slots, each holding an image, and up to B lists that index them.
+
+  Attributes:
+    moments: [S, h, w, 2c] mean and log-variance of the unscaled VAE posterior.
+    conditioning: per slot.
+    identity: [S, 2] uint32, the (list key, epoch) that all randomness hangs on.
+    item: [S] uint32, which item of its list the slot holds.
+    slot: [B, N] int32, where each item of each list sits (0 where invalid).
+    ranking: [B, N] ranks, validity, scores and [B] weights.
+  """
+
+  moments: Array
+  conditioning: Conditioning
+  identity: Array
+  item: Array
+  slot: Array
+  ranking: Ranking

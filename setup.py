@@ -1,0 +1,60 @@
+"""Packaging of lpo_jax. The version lives in lpo_jax/__init__.py, and only there."""
+
+import pathlib
+import re
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(
+  r'__version__ = "(.+)"', (HERE / "lpo_jax" / "__init__.py").read_text("utf-8")
+).group(1)
+
+# Lower bounds are what the tests ran on; upper bounds are where an API may move.
+REQUIRES = [
+  "jax>=0.10.1,<0.13",
+  "flax>=0.12.8,<0.13",
+  "optax>=0.2.8,<0.3",
+  "orbax-checkpoint>=0.12.8,<0.13",
+  "grain>=0.2.18,<0.3",
+  "array_record>=0.8.6,<0.9",
+  "ml_collections>=1.1,<2",
+  "absl-py>=2.5",
+  "safetensors>=0.8",
+  "transformers>=5.20,<6",  # tokenizers; runs without torch
+  "diffusers>=0.42,<0.43",  # the on-disk conventions; models only where torch is
+  "huggingface_hub>=1.0",
+  "tensorflow-datasets>=4.9.10",  # read without TensorFlow
+  "pyarrow>=20",
+  "pillow>=12",
+  "simplejpeg>=1.9",
+  "etils[epath]>=1.13",
+  "fsspec",
+  "tensorboardX>=2.6.5",
+  "jinja2>=3.1",
+  "matplotlib>=3.9",
+  "rich>=13",
+]
+
+EXTRAS = {
+  "tpu": ["jax[tpu]"],
+  "cuda": ["jax[cuda13]"],
+  "quickstart": ["scikit-learn>=1.5"],
+  # torch and diffusers' models are peers to compare with, never needed to run.
+  "test": ["pytest>=8", "scikit-learn>=1.5", "ruff>=0.14", "torch>=2.8"],
+}
+
+setuptools.setup(
+  name="lpo_jax",
+  version=VERSION,
+  description="Preference optimisation for diffusion models on ranked lists, in JAX",
+  long_description=(HERE / "README.md").read_text("utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  license_files=["LICENSE"],
+  python_requires=">=3.11,<3.14",
+  packages=setuptools.find_packages(include=["lpo_jax", "lpo_jax.*"]),
+  package_data={"lpo_jax.pages": ["*.j2"]},
+  install_requires=REQUIRES,
+  extras_require=EXTRAS,
+)

@@ -1,0 +1,175 @@
+"""The inspect job end to end on a small data set with something of everything wrong."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lpo_jax.configs import common
+from lpo_jax.data import sources
+from lpo_jax.errors import UserError
+from lpo_jax.jobs import inspect
+
+EVIL = "<script>alert('x')</script> a cat & \u202edog"
+
+
+def picture(index, size=(24, 24)):
+  pixels = np.full((size[1], size[0], 3), index * 10, np.uint8)
+  pixels[: size[1] // 2] = 255 - index * 10
+  buffer = io.BytesIO()
+  Image.fromarray(pixels).save(buffer, "PNG" if size[0] < 100 else "JPEG")
+  return buffer.getvalue()
+
+
+# (prompt, left, right, label of the left, annotator)
+JUDGED = (
+  (EVIL, "a", "b", 1.0, 1),
+  (EVIL, "b", "c", 0.5, 1),
+  (EVIL, "c", "d", 1.0, 2),
+  ("two", "e", "f", 1.0, 3),
+  ("two", "e", "f", 0.0, 3),  # a contradiction
+  ("two", "g", "broken", 1.0, 4),
+  ("two", "g", "g", 1.0, 5),  # the same image twice
+  ("Three!", "x", "y", 1.0, 6),
+  ("Three!", "y", "z", 1.0, 7),
+  ("Three!", "z", "x", 1.0, 8),  # a circle
+  ("Three!", "x", "y", np.nan, 9),  # nobody judged
+)
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+  path = tmp_path_factory.mktemp("data") / "judged.parquet"
+  uids = sorted({uid for row in JUDGED for uid in row[1:3]})
+  data = {uid: picture(i) for i, uid in enumerate(uids)}
+  data["x"] = picture(3, (120, 100))
+  data["broken"] = data["broken"][:60]
+  right = [data[row[2]] for row in JUDGED]
+  right[4] = picture(20)  # f again, as another picture
+  sources.write_pickapic(
+    path,
+    caption=[row[0] for row in JUDGED],
+    image_0_uid=[row[1] for row in JUDGED],
+    image_1_uid=[row[2] for row in JUDGED],
+    jpg_0=[data[row[1]] for row in JUDGED],
+    jpg_1=right,
+    label_0=[row[3] for row in JUDGED],
+    user_id=[row[4] for row in JUDGED],
+    model_0=["tiny"] * len(JUDGED),
+    model_1=["<b>big</b>" if row[2] in "bd" else "tiny" for row in JUDGED],
+    row_group_size=3,
+  )
+  return path
+
+
+def configured(path, **changes):
+  config = common.get_config()
+  config.data.path = str(path)
+  with config.unlocked(), config.ignore_type():
+    for name, value in changes.items():
+      config.update_from_flattened_dict({name.replace("__", "."): value})
+  return config
+
+
+def test_everything_is_counted(parquet, tmp_path, capsys):
+  evaluation = tmp_path / "eval.txt"
+  evaluation.write_text("three\nnew\n")
+  config = configured(parquet, eval__prompts=str(evaluation))
+  found = inspect.run(config, tmp_path / "run")
+  assert found == json.loads((tmp_path / "run" / "data_report.json").read_text())
+  account = found["judgements"]
+  assert account["judgements_total"] == len(JUDGED)
+  assert account["dropped"] == {
+    "unlabelled": 1,
+    "same_image": 1,
+    "contradictions": 2,
+    "cycles": 1,
+  }
+  assert account["judgements_used"] == 6
+  assert account["lengths"] == {"2": 1, "3": 1, "4": 1}
+  assert account["share_over_two"] == pytest.approx(5 / 6)
+  assert (account["ties"], account["repeated"]) == (1, 1)
+  images = found["images"]
+  assert (images["count"], images["checked"]) == (11, 11)
+  assert list(images["undecodable_uids"]) == ["broken"]
+  assert images["different_bytes_uids"] == ["f"]
+  assert images["sizes"] == [
+    {"width": 24, "height": 24, "images": 9},
+    {"width": 120, "height": 100, "images": 1},
+  ]
+  assert found["annotators"]["count"] == 7
+  assert found["annotators"]["top5_share"] == pytest.approx(7 / 9)
+  assert found["generators"] == {"tiny": 10, "<b>big</b>": 1}
+  assert found["prompts"]["leaked_examples"] == ["three"]
+  assert found["fractions"]["leakage"] == 0.5
+  assert found["fractions"]["undecodable"] == pytest.approx(1 / 11)
+  said = capsys.readouterr().out.strip().splitlines()
+  assert len([line for line in said if "checking images" not in line]) == 10
+  assert said[-1].startswith("report") and "data_report.html" in said[-1]
+
+
+def test_the_page_escapes_strangers_text(parquet, tmp_path):
+  inspect.run(configured(parquet), tmp_path)
+  page = (tmp_path / "data_report.html").read_text()
+  assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+  assert "<b>big" not in page and "&lt;b&gt;big" in page
+  assert "\u202e" not in page
+  assert "http://" not in page.replace("http://www.w3.org", "")
+  assert 'class="enlarge pixelated" src="data:image/png' in page
+  assert 'class="enlarge" src="data:image/jpeg' in page
+  assert page.count("2 =</span>") == 2  # b and c
+  assert 'class="broken"' in page and "cannot be decoded" in page
+  assert "the weakest link of a circle" in page
+  assert "<svg" in page
+
+
+def test_limits_refuse_after_the_report_is_written(parquet, tmp_path):
+  config = configured(parquet)
+  config.inspect.limits = {"undecodable": 0.01, "ties": 0.5}
+  with pytest.raises(UserError, match=r"undecodable is 9\.09%, the limit 1\.00%"):
+    inspect.run(config, tmp_path)
+  assert "Above the limits" in (tmp_path / "data_report.html").read_text()
+  assert json.loads((tmp_path / "data_report.json").read_text())["exceeded"] == {
+    "undecodable": pytest.approx(1 / 11)
+  }
+  config.inspect.limits = {"undecodible": 0.01}
+  with pytest.raises(UserError, match="did you mean 'undecodable'"):
+    inspect.run(config, tmp_path)
+
+
+def test_a_sample_of_the_images(parquet, tmp_path):
+  config = configured(parquet, inspect__max_images=4)
+  found = inspect.run(config, tmp_path)
+  assert (found["images"]["checked"], found["images"]["count"]) == (4, 11)
+
+
+def test_no_list_is_an_error_with_a_report(tmp_path):
+  path = tmp_path / "ties.parquet"
+  sources.write_pickapic(
+    path,
+    caption=["p"],
+    image_0_uid=["a"],
+    image_1_uid=["b"],
+    jpg_0=[picture(1)],
+    jpg_1=[picture(2)],
+    label_0=[0.5],
+  )
+  with pytest.raises(UserError, match=r"no ranked list could be built.*1 all_tied"):
+    inspect.run(configured(path), tmp_path)
+  assert (tmp_path / "data_report.html").exists()
+
+
+def test_finished_lists_with_evaluation_prompts_in_the_config(tmp_path):
+  import base64
+
+  images = [base64.b64encode(picture(i)).decode() for i in range(3)]
+  row = {"prompt": "p", "images": images, "image_uids": list("abc"), "ranks": [0, 1, 1]}
+  (tmp_path / "l.jsonl").write_text(json.dumps(row))
+  config = configured(tmp_path / "l.jsonl", eval__prompts=("P.", "q"))
+  found = inspect.run(config, tmp_path / "run")
+  assert found["kind"] == "lists"
+  assert found["judgements"]["lengths"] == {"3": 1}
+  assert found["prompts"]["leaked"] == 1
+  assert found["annotators"]["count"] == 0 and found["generators"] == {}
