@@ -26,6 +26,7 @@ REQUIRES = [
   "huggingface_hub>=1.0",
   "tensorflow-datasets>=4.9.10",  # read without TensorFlow
   "pyarrow>=20",
+  "scipy>=1.14",
   "pillow>=12",
   "simplejpeg>=1.9",
   "etils[epath]>=1.13",
@@ -33,7 +34,6 @@ REQUIRES = [
   "tensorboardX>=2.6.5",
   "jinja2>=3.1",
   "matplotlib>=3.9",
-  "rich>=13",
 ]
 
 EXTRAS = {
@@ -41,7 +41,7 @@ EXTRAS = {
   "cuda": ["jax[cuda13]"],
   "quickstart": ["scikit-learn>=1.5"],
   # torch and diffusers' models are peers to compare with, never needed to run.
-  "test": ["pytest>=8", "scikit-learn>=1.5", "ruff>=0.14", "torch>=2.8"],
+  "test": ["pytest>=8", "scikit-learn>=1.5", "ruff>=0.14", "torch==2.13.0"],
 }
 
 setuptools.setup(

@@ -89,5 +89,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.inspect = ml_collections.ConfigDict(
     {"max_images": 2000, "limits": ml_collections.ConfigDict()}
   )
-  config.quickstart = ml_collections.ConfigDict()  # the quickstart's world, if it is one
+  config.quickstart = (
+    ml_collections.ConfigDict()
+  )  # the quickstart's world, if it is one
   return config.lock()

@@ -33,9 +33,7 @@ def clock(seconds: float) -> str:
   """
   minutes, seconds = divmod(round(max(seconds, 0)), 60)
   hours, minutes = divmod(minutes, 60)
-  return (
-    f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-  )
+  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class Progress:
@@ -64,7 +62,7 @@ class Progress:
     fresh = self._done - self._start
     speed = fresh / elapsed if elapsed > 0 else 0.0
     parts = [f"{self.label}  {self._done}/{self.total} {self.unit}"]
-    if 0 < fresh and self._done < self.total:
+    if speed > 0 and self._done < self.total:
       parts.append(f"ETA {clock((self.total - self._done) / speed)}")
     elif self._done >= self.total:
       parts.append(f"done in {clock(elapsed)}")

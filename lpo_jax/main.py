@@ -147,7 +147,9 @@ def _typed(name: str, text: str, old: Any) -> Any:
   if isinstance(old, tuple) and not isinstance(value, tuple):
     return tuple(value) if isinstance(value, list) else (value,)
   if isinstance(old, ml_collections.ConfigDict):
-    raise UserError(f"config key {name} is a section; set one of its keys: {list(old)}.")
+    raise UserError(
+      f"config key {name} is a section; set one of its keys: {list(old)}."
+    )
   if old is not None and value is not None and not isinstance(value, type(old)):
     raise UserError(
       f"--config.{name}={text}: expected {type(old).__name__} (now {old!r}), came "
@@ -174,7 +176,9 @@ def parse(
     "done, 2 bad usage, config or data, 3 stopped early but resumable.",
     allow_abbrev=False,
   )
-  parser.add_argument("--config", required=True, help="configs/X.py or configs/X.py:arg")
+  parser.add_argument(
+    "--config", required=True, help="configs/X.py or configs/X.py:arg"
+  )
   parser.add_argument("--workdir", required=True, help="where the run lives")
   parser.add_argument("--job", help=f"one of {', '.join(JOBS)}; default config.job")
   flags, rest = parser.parse_known_args(list(argv))
@@ -202,7 +206,9 @@ def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one job; returns the exit code."""
-  logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+  logging.basicConfig(
+    level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+  )
   try:
     config, workdir, job = parse(sys.argv[1:] if argv is None else argv)
     run = importlib.import_module(f"lpo_jax.jobs.{job}").run

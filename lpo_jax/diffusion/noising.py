@@ -108,9 +108,19 @@ def forward(
   Returns:
     The noised slots.
 
+  Raises:
+    UserError: the range of timesteps is empty or leaves the schedule.
+
   Reference: Wallace et al. 2023 (Diffusion-DPO), eq. 14 and its released code.
   """
-  shape = batch.moments.shape[1:-1] + (batch.moments.shape[-1] // 2,)
+  total = schedule.num_train_timesteps
+  top = total if max_timestep is None else max_timestep
+  if not 0 <= min_timestep < top <= total:
+    raise UserError(
+      f"noising.min_timestep={min_timestep}, noising.max_timestep={max_timestep}: "
+      f"expected 0 <= min_timestep < max_timestep <= {total}, the schedule's length."
+    )
+  shape = (*batch.moments.shape[1:-1], batch.moments.shape[-1] // 2)
   normal = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
   keys = functools.partial(identity_keys, seed)
   latents = sample_posterior(
@@ -120,7 +130,6 @@ def forward(
   )
   item = batch.item if independent_noise else None
   noise = normal(keys("noise", batch.identity, item))
-  top = schedule.num_train_timesteps if max_timestep is None else max_timestep
   timesteps = jax.vmap(lambda key: jax.random.randint(key, (), min_timestep, top))(
     keys("timestep", batch.identity)
   )

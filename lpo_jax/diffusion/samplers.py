@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpo_jax.diffusion.schedule import NoiseSchedule
-from lpo_jax.errors import unknown_name
+from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.types import Array
 
 # (noisy latents [N, h, w, c], timesteps [N]) -> the UNet's output [N, h, w, c]
@@ -65,6 +65,9 @@ def ddim(
   Returns:
     [N, h, w, c] fp32 scaled latents x_0.
 
+  Raises:
+    UserError: eps is predicted where x_t holds no signal to find x_0 by.
+
   Reference: Song et al. 2021, eq. 12 and 16.
   """
   timesteps = schedule.sampling_timesteps(steps)
@@ -72,6 +75,12 @@ def ddim(
   previous = timesteps - stride
   abar = schedule.alphas_cumprod.astype(np.float64)
   abar_t = abar[timesteps]
+  if schedule.prediction_type == "epsilon" and np.any(abar_t == 0):
+    raise UserError(
+      f"sampling starts at timestep {timesteps[0]}, which is pure noise "
+      "(rescale_betas_zero_snr), but prediction_type is 'epsilon'. Expected "
+      "'v_prediction', or timestep_spacing='leading', which leaves that step out."
+    )
   abar_s = np.where(
     previous >= 0, abar[np.maximum(previous, 0)], schedule.final_alpha_cumprod
   )

@@ -77,12 +77,18 @@ class NoiseSchedule:
     """Returns the [steps] int timesteps of a sampler, from noise to image.
 
     Raises:
-      UserError: `steps` is not in 1..T.
+      UserError: `steps` is not in 1..T, or `steps_offset` moves the grid past T.
     """
     total = self.num_train_timesteps
     if not 1 <= steps <= total:
       raise UserError(f"sampling steps={steps}: expected 1 to {total}.")
-    return SPACINGS[self.timestep_spacing](total, steps, self.steps_offset)
+    grid = SPACINGS[self.timestep_spacing](total, steps, self.steps_offset)
+    if grid[0] >= total:
+      raise UserError(
+        f"sampling steps={steps}: with steps_offset={self.steps_offset} the first "
+        f"timestep is {grid[0]}, expected below {total}. Take fewer steps."
+      )
+    return grid
 
 
 def _leading(total: int, steps: int, offset: int) -> np.ndarray:
@@ -96,7 +102,9 @@ def _linspace(total: int, steps: int, offset: int) -> np.ndarray:
 
 def _trailing(total: int, steps: int, offset: int) -> np.ndarray:
   del offset
-  return (np.round(np.arange(total, 0, -total / steps)) - 1).astype(np.int32)
+  # Rounding gives some step counts (61, 103, ...) one point too many, at -1.
+  grid = np.arange(total, 0, -total / steps)[:steps]
+  return (np.round(grid) - 1).astype(np.int32)
 
 
 SPACINGS: dict[str, Callable[[int, int, int], np.ndarray]] = {
@@ -121,7 +129,9 @@ def _squaredcos_cap_v2(start: float, end: float, total: int) -> np.ndarray:
     return np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
 
   steps = np.arange(total, dtype=np.float64)
-  return np.minimum(1 - alpha_bar((steps + 1) / total) / alpha_bar(steps / total), 0.999)
+  return np.minimum(
+    1 - alpha_bar((steps + 1) / total) / alpha_bar(steps / total), 0.999
+  )
 
 
 BETA_SCHEDULES: dict[str, Callable[[float, float, int], np.ndarray]] = {

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -19,6 +18,7 @@ from lpo_jax import console, parallel, pretrained
 from lpo_jax.data import prompts as prompt_sets
 from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.generation import Generator
+from lpo_jax.jobs import sampling
 from lpo_jax.jobs import train as train_job
 from lpo_jax.scoring import scorers, win_rate
 
@@ -70,13 +70,15 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Evaluation:
   if ev.baseline not in candidates:
     raise unknown_name("eval.baseline", ev.baseline, candidates)
   if not ev.prompts:
-    raise UserError("eval.prompts is empty: expected a prompt file or a tuple of texts.")
+    raise UserError(
+      "eval.prompts is empty: expected a prompt file or a tuple of texts."
+    )
   texts = prompt_sets.read(ev.prompts)
   prompts = [text for text in texts for _ in range(ev.seeds)]
   seeds = [ev.first_seed + s for _ in texts for s in range(ev.seeds)]
 
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
-  generator = make_generator(config, mesh)
+  generator = sampling.make_generator(config, mesh)
   images = {}
   for name, location in candidates.items():
     folder = workdir / "evaluation" / name
@@ -102,21 +104,6 @@ def comparisons(names: Sequence[str], baseline: str) -> list[tuple[str, str]]:
   others = [name for name in names if name != baseline]
   head_to_head = [(b, a) for i, a in enumerate(others) for b in others[i + 1 :]]
   return [(name, baseline) for name in others] + head_to_head
-
-
-def make_generator(config: Any, mesh: jax.sharding.Mesh) -> Generator:
-  """The generator that `eval` describes, with `model.path`'s VAE and text encoders."""
-  ev = config.eval
-  return Generator(
-    config.model.path,
-    mesh=mesh,
-    sampler=ev.sampler,
-    steps=ev.steps,
-    guidance_scale=ev.guidance_scale,
-    eta=ev.eta,
-    batch_size=ev.batch_size,
-    dtype=jnp.dtype(config.model.dtype),
-  )
 
 
 def candidate_params(location: str, mesh: jax.sharding.Mesh) -> tuple[Any, str]:
@@ -181,7 +168,9 @@ def draw(
     for i, path in enumerate(paths)
     if i not in set(todo)
   }
-  progress = console.Progress(f"drawing {name}", len(prompts), "images", start=len(images))
+  progress = console.Progress(
+    f"drawing {name}", len(prompts), "images", start=len(images)
+  )
   found = len(images)
   # One batch at a time, written before the next: nothing is lost when it dies.
   for start in range(0, len(todo), generator.batch_size):

@@ -27,6 +27,7 @@ from lpo_jax.jobs import (
   quickstart_base,
   quickstart_people,
   quickstart_report,
+  sampling,
   train,
 )
 from lpo_jax.scoring import digits
@@ -70,9 +71,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   with stages.stage("evaluate"):
     config.eval.candidates = candidates(base, runs, workdir)
     evaluation = evaluate.run(config, workdir)
-  first = next(iter(runs))
-  with stages.stage(f"export {first}"):
-    exported = export.run(runs[first], workdir / first)
+  published = world.publish
+  with stages.stage(f"export {published}"):
+    exported = export.run(runs[published], workdir / published)
   if parallel.is_main_process():
     quickstart_report.write(
       config,
@@ -109,7 +110,9 @@ class Stages:
       self._file.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
 
 
-def base_folder(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+def base_folder(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> pathlib.Path:
   """Returns the base pipeline: the config's, a rebuilt one, or the one that ships."""
   if config.model.path:
     return pathlib.Path(config.model.path)
@@ -151,11 +154,13 @@ def make_judgements(
   path.parent.mkdir(parents=True, exist_ok=True)
   texts = digits.prompts(digits.TRAIN_PHRASES)
   per_session = world.images_per_session
-  prompts = [texts[s % len(texts)] for s in range(world.sessions) for _ in range(per_session)]
+  prompts = [
+    texts[s % len(texts)] for s in range(world.sessions) for _ in range(per_session)
+  ]
   # Seeds far from those of the evaluation, which start at eval.first_seed.
   seeds = [1_000_000 * (1 + config.seed) + i for i in range(len(prompts))]
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
-  generator = evaluate.make_generator(config, mesh)
+  generator = sampling.make_generator(config, mesh)
   progress = console.Progress("drawing candidates", len(prompts), "images")
   params, _ = evaluate.candidate_params(config.model.path, mesh)
   images = generator(params, prompts, seeds, on_progress=progress.update)
@@ -207,5 +212,3 @@ def drift_curve(run: pathlib.Path, window: int = 11) -> np.ndarray:
   total = np.concatenate([[0.0], np.cumsum(values)])
   starts = np.maximum(ends - window, 0)
   return (total[ends] - total[starts]) / (ends - starts)
-
-

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from lpo_jax import console, models, parallel, pretrained, trees
-from lpo_jax.jobs import cache, evaluate, export, train
+from lpo_jax.jobs import cache, evaluate, export, sampling, train
 from lpo_jax.scoring import digits
 from lpo_jax.types import Params
 
@@ -29,7 +29,9 @@ def write_tokenizer(folder: pathlib.Path, *, max_length: int) -> int:
   """Trains a CLIP-style byte-pair tokenizer on the digits' prompts; returns its size."""
   from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-  tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+  tokenizer = Tokenizer(
+    models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>")
+  )
   tokenizer.normalizer = normalizers.Lowercase()
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
     [
@@ -49,7 +51,9 @@ def write_tokenizer(folder: pathlib.Path, *, max_length: int) -> int:
   learned = json.loads(tokenizer.to_str())["model"]
   # CLIP's order: every byte, every byte as a word's end, merges, then the two specials.
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-  merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in learned["merges"]]
+  merges = [
+    pair if isinstance(pair, str) else " ".join(pair) for pair in learned["merges"]
+  ]
   words = [*alphabet, *(f"{byte}</w>" for byte in alphabet)]
   words += [merge.replace(" ", "") for merge in merges]
   words += ["<|startoftext|>", "<|endoftext|>"]
@@ -133,7 +137,9 @@ def train_autoencoder(
     (Rombach et al. 2022, appendix G), and its last reconstruction error.
   """
   pixels = images.astype(np.float32) / 127.5 - 1.0
-  optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
+  optimizer = optax.adam(
+    optax.cosine_decay_schedule(config.learning_rate, config.steps)
+  )
 
   def loss(params: Params, x: jax.Array, key: jax.Array):
     mean, logvar = jnp.split(vae.encode(params, x), 2, axis=-1)
@@ -244,7 +250,7 @@ def share_legible(config: ml_collections.ConfigDict, folder: pathlib.Path) -> fl
   """Draws every held-out prompt and returns the share that the reader recognises."""
   config.model.path = str(folder)
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
-  generator = evaluate.make_generator(config, mesh)
+  generator = sampling.make_generator(config, mesh)
   params, _ = evaluate.candidate_params(str(folder), mesh)
   prompts = [p for p in config.eval.prompts for _ in range(config.eval.seeds)]
   seeds = [s for _ in config.eval.prompts for s in range(config.eval.seeds)]

@@ -48,7 +48,7 @@ def write(
   report = RunReport(
     title="lpo_jax quickstart: teaching a model what people like",
     summary=summary(rows, methods),
-    headlines=headlines(rows, methods),
+    headlines=headlines(rows, methods, config.quickstart.publish),
     grid=grid(evaluation),
     win_rates=rows,
     scorers={name: scorers.get(name).measures for name in config.eval.scorers},
@@ -78,9 +78,7 @@ def write(
 def find(rows: Sequence[Mapping[str, Any]], candidate: str, baseline: str, scorer: str):
   """The row of one comparison."""
   wanted = (candidate, baseline, scorer)
-  return next(
-    r for r in rows if (r["candidate"], r["baseline"], r["scorer"]) == wanted
-  )
+  return next(r for r in rows if (r["candidate"], r["baseline"], r["scorer"]) == wanted)
 
 
 def percent(value: float) -> str:
@@ -120,7 +118,7 @@ def summary(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
 
 
 def headlines(
-  rows: Sequence[Mapping[str, Any]], methods: Sequence[str]
+  rows: Sequence[Mapping[str, Any]], methods: Sequence[str], published: str
 ) -> list[Headline]:
   """The few figures to see first."""
   shown = []
@@ -133,10 +131,10 @@ def headlines(
         f"95 %: {percent(row['ci_low'])} to {percent(row['ci_high'])}, n = {row['n']}",
       )
     )
-  legible = find(rows, methods[0], "base", LEGIBILITY)
+  legible = find(rows, published, "base", LEGIBILITY)
   shown.append(
     Headline(
-      f"{methods[0].upper()} legible",
+      f"{published.upper()} legible",
       percent(legible["mean_candidate"]),
       f"base: {percent(legible['mean_baseline'])}",
     )
@@ -166,18 +164,26 @@ def grid(evaluation: Evaluation) -> ImageGrid:
 
 
 def data_figures(report: Mapping[str, Any]) -> dict[str, Any]:
-  """The plain numbers of the data report."""
+  """The plain numbers of the data report, in words."""
+  found, images = report["judgements"], report["images"]
   return {
-    name.replace("_", " "): value
-    for name, value in report.items()
-    if isinstance(value, int | float | str) and not isinstance(value, bool)
+    "judgements": found["judgements_total"],
+    "of them in lists": found["judgements_used"],
+    "ties": found["ties"],
+    "contradicted pairs": found["contradicted_pairs"],
+    "cycles cut": found["cycle_cuts"],
+    "images": images["count"],
+    "undecodable images": images["undecodable"],
+    "prompts": report["prompts"]["count"],
+    "evaluation prompts among them": report["prompts"]["leaked"],
+    "people": report["annotators"]["count"],
+    "lists": found["lists"],
   }
 
 
 def list_lengths(report: Mapping[str, Any]) -> dict[int, int]:
   """The length histogram of the data report, with int keys."""
-  lengths = report["lists"]["length_histogram"]
-  return {int(length): count for length, count in lengths.items()}
+  return {int(size): n for size, n in report["judgements"]["lengths"].items()}
 
 
 def notes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -19,6 +20,7 @@ from lpo_jax.data.pipeline import Batches
 from lpo_jax.diffusion import noising, schedule
 from lpo_jax.errors import StoppedEarly, UserError
 from lpo_jax.jobs import cache as cache_job
+from lpo_jax.jobs.sampling import RunSamples
 from lpo_jax.training import optimizer as optimizer_lib
 from lpo_jax.training import state as state_lib
 from lpo_jax.training import step as step_lib
@@ -167,19 +169,18 @@ def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> RunPa
   state = state_lib.place(mesh, params, tx, with_ema=train.ema > 0, shardings=shardings)
   ref_params = None
   if method.has_reference:
-    ref_params = reference_params(params, dtype)
+    ref_params = reference_params(model, params)
   return RunParts(method, tx, state, ref_params)
 
 
-def reference_params(params: Any, dtype: Any) -> Any:
-  """The frozen copy: matrices in the compute dtype, vectors in fp32.
+def reference_params(model: models.Model, params: Any) -> Any:
+  """The frozen copy, each parameter in the precision in which the network uses it.
 
   The policy's matrices are rounded to the compute dtype where they are used, its biases
   and norms are not; only a reference stored the same way gives margins of exactly 0.
   """
   # The copy must own its memory: the policy's is donated to the first step.
-  keep = jax.jit(lambda x: x + 0 if x.ndim < 2 else (x + 0).astype(dtype))
-  return jax.tree.map(keep, params)
+  return jax.jit(lambda tree: jax.tree.map(lambda x: x + 0, model.narrow(tree)))(params)
 
 
 def remember_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -273,6 +274,7 @@ def _loop(
     report.flush()  # a NaN of the last step stops the run before it is saved
     checkpoints.save(state, {"data": position})
 
+  samples = RunSamples(config, workdir, mesh) if config.eval.every else None
   with stop:
     while step < train.total_steps:
       state, metrics = compiled(state, parts.ref_params, batch)
@@ -283,6 +285,10 @@ def _loop(
         waiting = time.perf_counter()
         batch = parallel.global_batch(mesh, next(batches))
         report.data_wait(time.perf_counter() - waiting)
+      if samples and step % config.eval.every == 0:
+        published = state.params if state.ema is None else state.ema
+        report.image("samples", samples.draw(published, step), step)
+        report.restart_clock()
       reason = stop.reason(step)
       if reason or step == train.total_steps or step % train.checkpoint_every == 0:
         save()
@@ -314,10 +320,8 @@ class StopRequests:
 
   def __enter__(self) -> StopRequests:
     for number in (signal.SIGTERM, signal.SIGINT):
-      try:
+      with contextlib.suppress(ValueError):  # not the main thread: a notebook
         self._old[number] = signal.signal(number, self._note)
-      except ValueError:  # not the main thread: a test or a notebook
-        pass
     return self
 
   def __exit__(self, *unused: Any) -> None:
@@ -372,7 +376,6 @@ def trained_params(
     checkpoints.close()
   params = state.params if state.ema is None else state.ema
   return params, int(state.step)
-
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:

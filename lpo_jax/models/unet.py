@@ -12,6 +12,7 @@ from flax import nnx
 from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.models import layers
 from lpo_jax.models.base import Model, Settings, resolve_config
+from lpo_jax.models.transformer import Transformer
 from lpo_jax.types import Array, Params
 
 DEFAULTS: dict[str, Any] = {
@@ -70,90 +71,10 @@ ONLY: dict[str, tuple[Any, ...]] = {
   "cross_attention_norm": (None,),
 }
 
-DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
-UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+# How many transformers follow each resnet, or for the mid block, how many in all.
+DOWN_BLOCKS = {"DownBlock2D": 0, "CrossAttnDownBlock2D": 1}
+UP_BLOCKS = {"UpBlock2D": 0, "CrossAttnUpBlock2D": 1}
 MID_BLOCKS = {"UNetMidBlock2D": 0, "UNetMidBlock2DCrossAttn": 1}
-
-
-class GatedProjection(nnx.Module):
-  """GEGLU: one projection, half of it values and half of it gates."""
-
-  def __init__(self, inputs: int, outputs: int, dtype: Any):
-    self.proj = layers.Linear(inputs, 2 * outputs, dtype=dtype)
-
-  def __call__(self, x: Array) -> Array:
-    value, gate = jnp.split(self.proj(x), 2, axis=-1)
-    return value * layers.gelu(gate)
-
-
-class FeedForward(nnx.Module):
-  """A gated layer four times as wide, and back."""
-
-  def __init__(self, channels: int, dtype: Any):
-    self.net = nnx.List(
-      [
-        GatedProjection(channels, 4 * channels, dtype),
-        layers.Nothing(),
-        layers.Linear(4 * channels, channels, dtype=dtype),
-      ]
-    )
-
-  def __call__(self, x: Array) -> Array:
-    return self.net[2](self.net[0](x))
-
-
-class TransformerBlock(nnx.Module):
-  """Attention to itself, attention to the text, and a feed-forward layer."""
-
-  def __init__(self, channels: int, context: int, heads: int, settings: Settings):
-    dtype = settings.dtype
-    self.norm1 = layers.LayerNorm(channels, dtype=dtype)
-    self.attn1 = layers.Attention(channels, channels, heads, settings)
-    self.norm2 = layers.LayerNorm(channels, dtype=dtype)
-    self.attn2 = layers.Attention(channels, context, heads, settings)
-    self.norm3 = layers.LayerNorm(channels, dtype=dtype)
-    self.ff = FeedForward(channels, dtype)
-
-  def __call__(self, x: Array, context: Array) -> Array:
-    y = self.norm1(x)
-    x = x + self.attn1(y, y)
-    x = x + self.attn2(self.norm2(x), context)
-    return x + self.ff(self.norm3(x))
-
-
-class Transformer(nnx.Module):
-  """Transformer blocks over the pixels of a feature map."""
-
-  def __init__(
-    self,
-    channels: int,
-    context: int,
-    heads: int,
-    depth: int,
-    *,
-    groups: int,
-    linear: bool,
-    settings: Settings,
-  ):
-    dtype = settings.dtype
-    if linear:
-      project = functools.partial(layers.Linear, channels, channels, dtype=dtype)
-    else:
-      project = functools.partial(layers.Conv, channels, channels, size=1, dtype=dtype)
-    self.norm = layers.GroupNorm(channels, groups=groups, eps=1e-6, dtype=dtype)
-    self.proj_in = project()
-    self.transformer_blocks = nnx.List(
-      [TransformerBlock(channels, context, heads, settings) for _ in range(depth)]
-    )
-    self.proj_out = project()
-    self.settings = settings
-
-  def __call__(self, x: Array, context: Array) -> Array:
-    y = self.proj_in(self.norm(x))
-    y = y.reshape(x.shape[0], -1, x.shape[-1])
-    for block in self.transformer_blocks:
-      y = self.settings.block(block.__call__)(y, context)
-    return x + self.proj_out(y.reshape(x.shape))
 
 
 class TimeEmbedding(nnx.Module):
@@ -241,127 +162,150 @@ class UpStage(Stage):
     return x
 
 
-def _per_stage(fields: Mapping[str, Any], name: str, stages: int) -> list[Any]:
-  """Spreads a field that may be one value or a list of one per stage."""
-  value = fields[name]
-  if not isinstance(value, list | tuple):
-    return [value] * stages
-  if len(value) != stages:
-    raise UserError(
-      f"UNet2DConditionModel config field {name!r} has {len(value)} entries, but "
-      f"'block_out_channels' has {stages}. Give one value, or one per stage."
+class Blueprint:
+  """The config, spread over the stages; makes their modules."""
+
+  def __init__(self, fields: Mapping[str, Any], settings: Settings):
+    self.fields, self.settings = fields, settings
+    self.widths = list(fields["block_out_channels"])
+    self.stages = len(self.widths)
+    self.counts = self.per_stage("layers_per_block")
+    self.heads = self.per_stage("attention_head_dim")
+    self.contexts = self.per_stage("cross_attention_dim")
+    self.depths = self.per_stage("transformer_layers_per_block")
+    self.up_depths = self.depths[::-1]
+    if fields["reverse_transformer_layers_per_block"] is not None:
+      self.up_depths = self.per_stage("reverse_transformer_layers_per_block")
+    self.embedding = 4 * self.widths[0]
+
+  def per_stage(self, name: str) -> list[Any]:
+    """Spreads a field that may be one value or a list of one per stage."""
+    value = self.fields[name]
+    if not isinstance(value, list | tuple):
+      return [value] * self.stages
+    if len(value) != self.stages:
+      raise UserError(
+        f"UNet2DConditionModel config field {name!r} has {len(value)} entries, but "
+        f"'block_out_channels' has {self.stages}. Give one value, or one per stage."
+      )
+    return list(value)
+
+  def resnet(self, inputs: int, width: int, **options: Any) -> layers.ResnetBlock:
+    return layers.ResnetBlock(
+      inputs,
+      width,
+      embedding=self.embedding,
+      groups=self.fields["norm_num_groups"],
+      eps=self.fields["norm_eps"],
+      dtype=self.settings.dtype,
+      **options,
     )
-  return list(value)
+
+  def transformers(self, stage: int, depth: Any, count: int) -> list[Transformer]:
+    depths = depth if isinstance(depth, list | tuple) else [depth] * count
+    if len(depths) != count:
+      raise UserError(
+        "UNet2DConditionModel config field 'transformer_layers_per_block' gives "
+        f"{list(depths)} for a stage of {count} layers. Give one value, or one each."
+      )
+    return [
+      Transformer(
+        self.widths[stage],
+        self.contexts[stage],
+        self.heads[stage],
+        each,
+        groups=self.fields["norm_num_groups"],
+        linear=self.fields["use_linear_projection"],
+        settings=self.settings,
+      )
+      for each in depths
+    ]
+
+  def down(self) -> list[DownStage]:
+    stages, width = [], self.widths[0]
+    padding = (self.fields["downsample_padding"],) * 2
+    for stage, kind in enumerate(self.per_stage("down_block_types")):
+      inputs, width = width, self.widths[stage]
+      count = self.counts[stage]
+      crossed = _look_up(DOWN_BLOCKS, kind, "down_block_types")
+      downsample = None
+      if stage < self.stages - 1:
+        dtype = self.settings.dtype
+        downsample = layers.Downsample(width, padding=padding, dtype=dtype)
+      stages.append(
+        DownStage(
+          [self.resnet(width if i else inputs, width) for i in range(count)],
+          self.transformers(stage, self.depths[stage], count) if crossed else [],
+          self.settings,
+          downsample=downsample,
+        )
+      )
+    return stages
+
+  def mid(self) -> MidStage | None:
+    kind = self.fields["mid_block_type"]
+    if kind is None:
+      return None
+    count = _look_up(MID_BLOCKS, kind, "mid_block_type")
+    width, scale = self.widths[-1], self.fields["mid_block_scale_factor"]
+    return MidStage(
+      [self.resnet(width, width, output_scale=scale) for _ in range(count + 1)],
+      self.transformers(self.stages - 1, self.depths[-1], count) if count else [],
+      self.settings,
+    )
+
+  def up(self) -> list[UpStage]:
+    stages, width = [], self.widths[-1]
+    for place, kind in enumerate(self.per_stage("up_block_types")):
+      stage = self.stages - 1 - place
+      below, width = width, self.widths[stage]
+      count = self.counts[stage] + 1
+      crossed = _look_up(UP_BLOCKS, kind, "up_block_types")
+      # Skips come off in reverse: the last one is what entered the stage's twin.
+      skips = [width] * (count - 1) + [self.widths[max(stage - 1, 0)]]
+      inputs = [(width if i else below) + skip for i, skip in enumerate(skips)]
+      upsample = None
+      if stage:
+        upsample = layers.Upsample(width, dtype=self.settings.dtype)
+      stages.append(
+        UpStage(
+          [self.resnet(each, width) for each in inputs],
+          self.transformers(stage, self.up_depths[place], count) if crossed else [],
+          self.settings,
+          upsample=upsample,
+        )
+      )
+    return stages
 
 
-def _has_attention(kind: str, known: Mapping[str, bool], field: str) -> bool:
-  if kind not in known:
-    raise unknown_name(f"UNet2DConditionModel config field {field!r}:", kind, known)
-  return known[kind]
+def _look_up(table: Mapping[str, int], kind: str, field: str) -> int:
+  if kind not in table:
+    raise unknown_name(f"UNet2DConditionModel config field {field!r}:", kind, table)
+  return table[kind]
 
 
 class UNet2DConditionModel(nnx.Module):
   """The whole network; see `UNet` for its arguments."""
 
   def __init__(self, fields: Mapping[str, Any], settings: Settings):
-    dtype = settings.dtype
-    widths = list(fields["block_out_channels"])
-    stages = len(widths)
-    down_types = _per_stage(fields, "down_block_types", stages)
-    up_types = _per_stage(fields, "up_block_types", stages)
-    counts = _per_stage(fields, "layers_per_block", stages)
-    heads = _per_stage(fields, "attention_head_dim", stages)
-    contexts = _per_stage(fields, "cross_attention_dim", stages)
-    depths = _per_stage(fields, "transformer_layers_per_block", stages)
-    up_depths = depths[::-1]
-    if fields["reverse_transformer_layers_per_block"] is not None:
-      up_depths = _per_stage(fields, "reverse_transformer_layers_per_block", stages)
-    groups, eps = fields["norm_num_groups"], fields["norm_eps"]
-    embedding = 4 * widths[0]
-
-    resnet = functools.partial(
-      layers.ResnetBlock, embedding=embedding, groups=groups, eps=eps, dtype=dtype
-    )
-
-    def transformers(stage: int, depth: Any, count: int) -> list[Transformer]:
-      depth = depth if isinstance(depth, list | tuple) else [depth] * count
-      if len(depth) != count:
-        raise UserError(
-          "UNet2DConditionModel config field 'transformer_layers_per_block' gives "
-          f"{list(depth)} for a stage of {count} layers. Give one value, or one each."
-        )
-      return [
-        Transformer(
-          widths[stage],
-          contexts[stage],
-          heads[stage],
-          each,
-          groups=groups,
-          linear=fields["use_linear_projection"],
-          settings=settings,
-        )
-        for each in depth
-      ]
-
-    self.conv_in = layers.Conv(fields["in_channels"], widths[0], dtype=dtype)
-    self.time_embedding = TimeEmbedding(widths[0], embedding)
+    blueprint = Blueprint(fields, settings)
+    width, embedding = blueprint.widths[0], blueprint.embedding
+    self.conv_in = layers.Conv(fields["in_channels"], width, dtype=settings.dtype)
+    self.time_embedding = TimeEmbedding(width, embedding)
     if fields["addition_embed_type"] == "text_time":
-      self.add_embedding = TimeEmbedding(
-        fields["projection_class_embeddings_input_dim"], embedding
-      )
-
-    down, width = [], widths[0]
-    for stage, kind in enumerate(down_types):
-      inputs, width = width, widths[stage]
-      count = counts[stage]
-      crossed = _has_attention(kind, DOWN_BLOCKS, "down_block_types")
-      padding = fields["downsample_padding"]
-      down.append(
-        DownStage(
-          [resnet(width if i else inputs, width) for i in range(count)],
-          transformers(stage, depths[stage], count) if crossed else [],
-          settings,
-          downsample=layers.Downsample(width, padding=(padding, padding), dtype=dtype)
-          if stage < stages - 1
-          else None,
-        )
-      )
-    self.down_blocks = nnx.List(down)
-
-    mid = fields["mid_block_type"]
-    if mid is not None:
-      count = _has_attention(mid, MID_BLOCKS, "mid_block_type")
-      scaled = functools.partial(resnet, output_scale=fields["mid_block_scale_factor"])
-      self.mid_block = MidStage(
-        [scaled(width, width) for _ in range(count + 1)],
-        transformers(stages - 1, depths[-1], count) if count else [],
-        settings,
-      )
-
-    up = []
-    for place, kind in enumerate(up_types):
-      stage = stages - 1 - place
-      above, width = width, widths[stage]
-      count = counts[stage] + 1
-      crossed = _has_attention(kind, UP_BLOCKS, "up_block_types")
-      # Skips come off in reverse: the last one is what entered the stage's twin.
-      skips = [width] * (count - 1) + [widths[max(stage - 1, 0)]]
-      up.append(
-        UpStage(
-          [
-            resnet((width if i else above) + skip, width)
-            for i, skip in enumerate(skips)
-          ],
-          transformers(stage, up_depths[place], count) if crossed else [],
-          settings,
-          upsample=layers.Upsample(width, dtype=dtype) if stage else None,
-        )
-      )
-    self.up_blocks = nnx.List(up)
-
-    norm = functools.partial(layers.GroupNorm, groups=groups, eps=eps)
-    self.conv_norm_out = norm(widths[0], dtype=jnp.float32)
-    self.conv_out = layers.Conv(widths[0], fields["out_channels"], dtype=jnp.float32)
+      inputs = fields["projection_class_embeddings_input_dim"]
+      self.add_embedding = TimeEmbedding(inputs, embedding)
+    self.down_blocks = nnx.List(blueprint.down())
+    if (mid := blueprint.mid()) is not None:
+      self.mid_block = mid
+    self.up_blocks = nnx.List(blueprint.up())
+    self.conv_norm_out = layers.GroupNorm(
+      width,
+      groups=fields["norm_num_groups"],
+      eps=fields["norm_eps"],
+      dtype=jnp.float32,
+    )
+    self.conv_out = layers.Conv(width, fields["out_channels"], dtype=jnp.float32)
 
     self.settings = settings
     self.wave = functools.partial(
@@ -369,7 +313,7 @@ class UNet2DConditionModel(nnx.Module):
       flip_sin_to_cos=fields["flip_sin_to_cos"],
       freq_shift=fields["freq_shift"],
     )
-    self.wave_channels = widths[0]
+    self.wave_channels = width
     self.time_id_channels = fields["addition_time_embed_dim"]
     self.centre = fields["center_input_sample"]
 

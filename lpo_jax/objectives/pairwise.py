@@ -54,4 +54,6 @@ def dpo(
   Reference: Wallace et al. 2023, eq. 14 (arXiv:2311.12908).
   """
   logits = implicit_logits(denoising, ranking, beta)
-  return mean_over_pairs(lambda inside: -jax.nn.log_sigmoid(inside), logits, ranking), {}
+  return mean_over_pairs(
+    lambda inside: -jax.nn.log_sigmoid(inside), logits, ranking
+  ), {}

@@ -66,7 +66,9 @@ class Checkpoints:
       step, {"state": trees.named_leaves(state), "meta": json.loads(json.dumps(meta))}
     )
 
-  def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
+  def restore(
+    self, like: TrainState, step: int | None = None
+  ) -> tuple[TrainState, dict]:
     """Loads a checkpoint onto the devices where `like` lives.
 
     Args:

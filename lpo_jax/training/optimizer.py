@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import optax
 
 from lpo_jax import tables, trees
@@ -34,12 +35,13 @@ def _adafactor(
   weight_decay: float = 0.0,
   momentum: float | None = None,
 ) -> optax.GradientTransformation:
-  return optax.adafactor(
-    learning_rate,
-    multiply_by_parameter_scale=False,  # a fixed learning rate, as torch's scripts use it
-    momentum=momentum,
-    weight_decay_rate=weight_decay or None,
-    weight_decay_mask=decay_mask,
+  # Optax' own decay is not multiplied by the learning rate: 0.01 would take a hundredth
+  # of every weight at every update. Here it means what it means to adamw.
+  return optax.chain(
+    # A fixed learning rate, as torch's scripts use it.
+    optax.adafactor(None, multiply_by_parameter_scale=False, momentum=momentum),
+    optax.add_decayed_weights(-weight_decay, decay_mask),
+    optax.scale_by_learning_rate(learning_rate, flip_sign=False),
   )
 
 
@@ -54,8 +56,9 @@ def learning_rate_schedule(learning_rate: float, warmup_steps: int) -> optax.Sch
   if warmup_steps <= 0:
     return optax.constant_schedule(learning_rate)
   # Update 1 already moves: lr (k + 1) / warmup at the k-th update, counted from 0.
-  return lambda count: learning_rate * (
-    optax.linear_schedule(1.0 / warmup_steps, 1.0, max(warmup_steps - 1, 1))(count)
+  return lambda count: (
+    learning_rate
+    * (optax.linear_schedule(1.0 / warmup_steps, 1.0, max(warmup_steps - 1, 1))(count))
   )
 
 
@@ -83,7 +86,7 @@ def build(
     trainable_rules: (regex over names, train?) first match wins; frozen parameters
       have no optimizer state and get exactly zero updates.
     on_nonfinite: "stop" leaves a bad gradient to the run's NaN policy; "skip" drops
-      the update and keeps the old state (at most 10 in a row).
+      the update and keeps the old state, however often: to give up is the report's.
     options: the optimizer's own keyword-only options.
 
   Raises:
@@ -114,5 +117,6 @@ def build(
 
 NONFINITE: dict[str, Callable] = {
   "stop": lambda transform: transform,
-  "skip": lambda transform: optax.apply_if_finite(transform, 10),
+  # Past its limit optax would let the NaN into the weights, so there is none.
+  "skip": lambda transform: optax.apply_if_finite(transform, np.iinfo(np.int32).max),
 }

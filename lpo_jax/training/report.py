@@ -13,9 +13,13 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from lpo_jax import console, parallel
 from lpo_jax.errors import UserError
+
+# So many skipped updates in a row are no accident of a batch.
+SKIPS_IN_A_ROW = 10
 
 
 class NonFiniteLoss(UserError):
@@ -32,7 +36,8 @@ class Report:
     start_step: completed updates before this session (resume).
     every: write every so many steps.
     label: what the live line calls the run.
-    on_nonfinite: "stop" raises on a NaN, "skip" counts it.
+    on_nonfinite: "stop" raises on a NaN, "skip" counts it, and raises when more than
+      `SKIPS_IN_A_ROW` follow each other.
   """
 
   def __init__(
@@ -52,8 +57,8 @@ class Report:
     self._progress = console.Progress(label, total_steps, "steps", start=start_step)
     self._pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
     self._clock, self._clock_step = time.perf_counter(), start_step
-    self._waited = 0.0
-    self.skipped = 0
+    self._waited, self._written = 0.0, start_step
+    self.skipped, self._in_a_row = 0, 0
     self.last: dict[str, float] = {}
     self._jsonl = self._board = None
     if parallel.is_main_process():
@@ -75,11 +80,16 @@ class Report:
     """Takes the metrics of `step` (completed updates) and writes those before it.
 
     Raises:
-      NonFiniteLoss: the step before had a NaN and the policy is "stop".
+      NonFiniteLoss: the step before had a NaN and the policy is "stop", or too many had.
     """
     pending, self._pending = self._pending, (step, metrics, {})
     if pending is not None:
       self._write(*pending)
+
+  def image(self, name: str, image: np.ndarray, step: int) -> None:
+    """Shows an image [H, W, 3] uint8 in TensorBoard."""
+    if self._board is not None:
+      self._board.add_image(name, image, step, dataformats="HWC")
 
   def flush(self) -> None:
     """Writes what is still pending."""
@@ -91,11 +101,14 @@ class Report:
     """Leaves out of images/s what just happened (a compilation, an evaluation)."""
     self.flush()
     self._clock, self._waited = time.perf_counter(), 0.0
+    self._clock_step = self._written
 
   def _write(self, step: int, metrics: dict[str, jax.Array], extra: dict) -> None:
     values = {name: float(x) for name, x in parallel.fetch(metrics).items()}
     watched = ("loss", "grad_norm")
     bad = [n for n in watched if n in values and not math.isfinite(values[n])]
+    self._written = step
+    self._in_a_row = self._in_a_row + 1 if bad else 0
     if bad and self._on_nonfinite == "skip":
       self.skipped += 1
       self._progress.interrupt()
@@ -113,6 +126,11 @@ class Report:
         f"{bad[0]} became {values[bad[0]]} at step {step}. The last checkpoint is from "
         "before. Lower train.learning_rate or objective.beta, or set "
         "train.on_nonfinite='skip' to drop such updates, and run the same command again."
+      )
+    if self._in_a_row > SKIPS_IN_A_ROW:
+      raise NonFiniteLoss(
+        f"{bad[0]} was not finite for {self._in_a_row} steps in a row, up to step {step}; "
+        "all were skipped. Lower train.learning_rate or objective.beta."
       )
 
   def _record(self, step: int, values: dict[str, Any]) -> None:
@@ -141,13 +159,13 @@ class Report:
 
 
 def _forget_after(path: pathlib.Path, step: int) -> None:
-  """Drops rows past `step`: a resumed run writes them again."""
+  """Drops rows past `step`, and a last line cut short: a resumed run writes them again."""
   if not path.exists():
     return
-  rows = read_metrics(path)
-  kept = [row for row in rows if row["step"] <= step]
-  if len(kept) < len(rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+  kept = [row for row in read_metrics(path) if row["step"] <= step]
+  text = "".join(json.dumps(row) + "\n" for row in kept)
+  if text != path.read_text("utf-8"):
+    path.write_text(text, encoding="utf-8")
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Fresh machine -> virtual environment -> tests.
+#
+#   bash launch/test.sh [pytest arguments]
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+. "$here/launch/environment.sh"
+# The peers to compare with come first: a CPU build of torch where one is to be had.
+make_environment "$here[test]"
+cd "$here"
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+exec "$VENV/bin/python" -m pytest "$@"

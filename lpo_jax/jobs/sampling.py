@@ -1,0 +1,74 @@
+"""Drawing images as a config's `eval` section says, in any job."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from lpo_jax import parallel
+from lpo_jax.data import prompts as prompt_sets
+from lpo_jax.errors import UserError
+from lpo_jax.generation import Generator
+from lpo_jax.types import Params
+
+PROMPTS_SHOWN, SEEDS_SHOWN = 8, 2
+
+
+def make_generator(
+  config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> Generator:
+  """The generator that `eval` describes, with `model.path`'s VAE and text encoders."""
+  ev = config.eval
+  return Generator(
+    config.model.path,
+    mesh=mesh,
+    sampler=ev.sampler,
+    steps=ev.steps,
+    guidance_scale=ev.guidance_scale,
+    eta=ev.eta,
+    batch_size=ev.batch_size,
+    dtype=jnp.dtype(config.model.dtype),
+  )
+
+
+class RunSamples:
+  """The same prompts and seeds, drawn every so often while a run trains.
+
+  Args:
+    config: `eval.prompts` and how to draw them.
+    workdir: gets `samples/step_000100.png`: one row a prompt, one column a seed.
+    mesh: of the run.
+  """
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+  ):
+    if not config.eval.prompts:
+      raise UserError(
+        "eval.every asks for samples while training, but eval.prompts is empty: expected "
+        "a prompt file or a tuple of texts (or eval.every=0)."
+      )
+    texts = prompt_sets.read(config.eval.prompts)[:PROMPTS_SHOWN]
+    self._prompts = [text for text in texts for _ in range(SEEDS_SHOWN)]
+    self._seeds = [s for _ in texts for s in range(SEEDS_SHOWN)]
+    self._generator = make_generator(config, mesh)
+    self._folder = workdir / "samples"
+
+  def draw(self, params: Params, step: int) -> np.ndarray:
+    """Draws, writes the PNG and returns the grid, [H, W, 3] uint8."""
+    from PIL import Image
+
+    images = self._generator(params, self._prompts, self._seeds)
+    rows = images.reshape(-1, SEEDS_SHOWN, *images.shape[1:])
+    grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+    if parallel.is_main_process():
+      self._folder.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(grid).save(self._folder / f"step_{step:06d}.png")
+    return grid

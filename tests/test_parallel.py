@@ -1,0 +1,230 @@
+"""Meshes, placements by name, and what lives where on eight devices."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from lpo_jax import parallel, trees
+from lpo_jax.errors import UserError
+
+
+def devices(count):
+  """Stands in for devices where only their number matters."""
+  return [f"device {i}" for i in range(count)]
+
+
+@pytest.mark.parametrize(
+  ("data", "fsdp", "count"),
+  [(3, -1, 8), (-1, 3, 8), (2, 2, 8), (16, 1, 8), (-1, 16, 8), (1, 1, 8)],
+)
+def test_mesh_refuses_what_does_not_cover_the_devices(data, fsdp, count):
+  with pytest.raises(UserError, match=f"does not cover the {count} device"):
+    parallel.make_mesh(data, fsdp, devices=devices(count))
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(-1, -1), (0, 1), (1, -2), (-1, 0)])
+def test_mesh_refuses_sizes_that_are_none(data, fsdp):
+  with pytest.raises(UserError, match=f"mesh.data={data}, mesh.fsdp={fsdp}"):
+    parallel.make_mesh(data, fsdp, devices=devices(8))
+
+
+@pytest.mark.parametrize("sizes", [(-1, 1), (1, -1), (1, 1)])
+def test_mesh_of_one_device(sizes):
+  mesh = parallel.make_mesh(*sizes, devices=jax.devices()[:1])
+  assert dict(mesh.shape) == {"data": 1, "fsdp": 1}
+
+
+@pytest.mark.parametrize(
+  ("shape", "size", "spec"),
+  [
+    ((64, 128), 4, PartitionSpec(None, "fsdp")),  # the largest dimension
+    ((128, 64), 4, PartitionSpec("fsdp")),
+    ((64, 64), 4, PartitionSpec(None, "fsdp")),  # equal: the last, of outputs
+    ((3, 3, 64, 48), 4, PartitionSpec(None, None, "fsdp")),
+    ((64, 130), 4, PartitionSpec("fsdp")),  # 130 does not divide
+    ((33, 65), 4, PartitionSpec()),  # nothing divides
+    ((16, 32), 4, PartitionSpec()),  # too small to be worth it
+    ((32, 32), 4, PartitionSpec(None, "fsdp")),  # exactly large enough
+    ((64, 128), 1, PartitionSpec()),
+    ((), 4, PartitionSpec()),
+  ],
+)
+def test_fsdp_splits_the_largest_dimension_that_divides(shape, size, spec):
+  assert parallel._fsdp_spec(shape, size) == spec
+
+
+def test_unknown_placement_is_refused_by_name():
+  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  params = {"a": {"kernel": jnp.zeros((4, 4))}}
+  with pytest.raises(UserError, match=r"'a\.kernel' says 'fspd'"):
+    parallel.param_shardings(params, mesh, [(".*", "fspd")])
+  with pytest.raises(UserError, match=r"no partition rule matches parameter 'a\."):
+    parallel.param_shardings(params, mesh, [("bias", "replicate")])
+
+
+def test_put_and_fetch_keep_every_bit():
+  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  tree = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3) / 7,
+    "b": jnp.asarray([1.1, -0.0], jnp.bfloat16),
+    "c": np.uint32(7),
+  }
+  back = parallel.fetch(parallel.put(tree, parallel.param_shardings(tree, mesh)))
+  for name, x in tree.items():
+    assert back[name].dtype == x.dtype
+    assert back[name].tobytes() == np.asarray(x).tobytes()
+
+
+@pytest.mark.parametrize("missing", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
+def test_half_a_description_of_a_run_is_refused(monkeypatch, missing):
+  names = ["JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"]
+  for name in names:
+    monkeypatch.setenv(name, "1")
+  monkeypatch.delenv(missing)
+  with pytest.raises(UserError, match=f"{missing} is not: set all three"):
+    parallel.initialize_distributed()
+
+
+def test_a_single_process_needs_no_description(monkeypatch):
+  monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+  monkeypatch.delenv("LPO_JAX_DISTRIBUTED", raising=False)
+
+  def refuse(*args, **kwargs):
+    raise AssertionError("should not have been called")
+
+  monkeypatch.setattr(jax.distributed, "initialize", refuse)
+  parallel.initialize_distributed()
+
+
+EIGHT = """
+  import json
+  import jax, jax.numpy as jnp, numpy as np
+  from lpo_jax import parallel, trees
+  from lpo_jax.training import optimizer, state
+  from lpo_jax.types import Batch, Conditioning, Ranking
+
+  out = {}
+  meshes = {"-1,1": (-1, 1), "1,-1": (1, -1), "-1,2": (-1, 2), "2,4": (2, 4)}
+  for name, sizes in meshes.items():
+    out[name] = dict(parallel.make_mesh(*sizes).shape)
+
+  mesh = parallel.make_mesh(2, 4)
+  spec = lambda x: [list(a) if isinstance(a, tuple) else a for a in x.sharding.spec]
+  params = {
+    "big": {"kernel": np.arange(64 * 48, dtype=np.float32).reshape(64, 48),
+            "bias": np.ones(2048, np.float32)},
+    "kernel": np.ones((64, 48), np.float32) * 2,  # a name that ends the other's
+    "small": {"kernel": np.ones((4, 4), np.float32)},
+  }
+  shardings = parallel.param_shardings(params, mesh)
+  placed = parallel.put(params, shardings)
+  out["params"] = {n: spec(x) for n, x in trees.named_leaves(placed).items()}
+  out["shards"] = sorted({s.data.shape for s in placed["big"]["kernel"].addressable_shards})
+  back = parallel.fetch(placed)
+  out["same"] = bool(np.array_equal(back["big"]["kernel"], params["big"]["kernel"]))
+
+  tx = optimizer.build(
+    "adamw", params, learning_rate=0.1, trainable_rules=[("small", False), (".*", True)]
+  )
+  s = state.place(mesh, placed, tx, with_ema=True, shardings=shardings)
+  out["state"] = {n: spec(x) for n, x in trees.named_leaves(s).items()}
+  fact = optimizer.build("adafactor", params, learning_rate=0.1)
+  s = state.place(mesh, placed, fact, with_ema=False, shardings=shardings)
+  out["adafactor"] = {n: spec(x) for n, x in trees.named_leaves(s.opt_state).items()}
+
+  S = 16
+  batch = Batch(
+    moments=np.arange(S * 8, dtype=np.float32).reshape(S, 1, 1, 8),
+    conditioning=Conditioning(np.zeros((S, 2, 3), np.float32)),
+    identity=np.zeros((S, 2), np.uint32),
+    item=np.arange(S, dtype=np.uint32),
+    slot=np.arange(S, dtype=np.int32).reshape(4, 4),
+    ranking=Ranking(*(np.zeros((4, 4), d) for d in (np.int32, bool, np.float32)),
+                    np.ones(4, np.float32)),
+  )
+  there = parallel.global_batch(mesh, batch)
+  out["batch"] = {n: spec(x) for n, x in trees.named_leaves(there).items()}
+  order = mesh.devices.flatten().tolist()
+  items = {s.device: np.asarray(s.data).tolist() for s in there.item.addressable_shards}
+  out["items"] = [items[d] for d in order]
+  out["absent"] = there.conditioning.time_ids is None
+  print(json.dumps(out))
+"""
+
+
+@pytest.fixture(scope="module")
+def eight(on_devices):
+  return json.loads(on_devices(8, EIGHT))
+
+
+def test_minus_one_is_filled_with_the_rest(eight):
+  assert eight["-1,1"] == {"data": 8, "fsdp": 1}
+  assert eight["1,-1"] == {"data": 1, "fsdp": 8}
+  assert eight["-1,2"] == {"data": 4, "fsdp": 2}
+  assert eight["2,4"] == {"data": 2, "fsdp": 4}
+
+
+def test_large_matrices_are_split_and_vectors_are_not(eight):
+  assert eight["params"] == {
+    "big.bias": [],
+    "big.kernel": ["fsdp"],
+    "kernel": ["fsdp"],
+    "small.kernel": [],
+  }
+  assert eight["shards"] == [[16, 48]]
+  assert eight["same"]
+
+
+def test_moments_and_ema_live_beside_their_parameters(eight):
+  where = eight["state"]
+  for kind in ("mu", "nu"):
+    slots = {n: s for n, s in where.items() if f".{kind}." in n}
+    assert len(slots) == 3  # the frozen parameter has none
+    for name, spec in slots.items():
+      assert spec == (["fsdp"] if name.endswith("kernel") else [])
+  for tree in ("params", "ema"):
+    assert {n: s for n, s in where.items() if n.startswith(tree)} == {
+      f"{tree}.{n}": s for n, s in eight["params"].items()
+    }
+  counters = [s for n, s in where.items() if n.endswith("count") or n == "step"]
+  assert len(counters) >= 2 and not any(counters)
+
+
+def test_factored_moments_are_replicated_and_whole_ones_are_not(eight):
+  # 64 x 48 is below adafactor's size for factoring, so `v` is whole.
+  v = {n: s for n, s in eight["adafactor"].items() if ".v." in n}
+  assert [s for n, s in v.items() if n.endswith("big.kernel")] == [["fsdp"]]
+  assert not any(s for n, s in eight["adafactor"].items() if ".v_row." in n)
+
+
+def test_slots_are_split_over_all_devices_in_order_and_rankings_are_everywhere(eight):
+  both = [["data", "fsdp"]]
+  assert eight["batch"] == {
+    "moments": both,
+    "conditioning.prompt_embeds": both,
+    "identity": both,
+    "item": both,
+    "slot": [],
+    "ranking.rank": [],
+    "ranking.valid": [],
+    "ranking.score": [],
+    "ranking.weight": [],
+  }
+  assert eight["items"] == [[2 * i, 2 * i + 1] for i in range(8)]
+  assert eight["absent"]
+
+
+def test_names_of_state_end_in_names_of_parameters():
+  """A parameter whose name ends another's does not take its place."""
+  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  params = {"a": {"kernel": jnp.zeros((2, 3))}, "kernel": jnp.zeros((2, 3))}
+  homes = {"a": {"kernel": "home of a"}, "kernel": "home of kernel"}
+  state = {"mu": params, "row": {"a": {"kernel": jnp.zeros(2)}}, "count": jnp.zeros(())}
+  placed = trees.named_leaves(parallel.state_shardings(state, params, mesh, homes))
+  assert placed["mu.a.kernel"] == "home of a"
+  assert placed["mu.kernel"] == "home of kernel"
+  assert placed["row.a.kernel"] == placed["count"] == parallel.replicated(mesh)
