@@ -54,7 +54,7 @@ setuptools.setup(
   license_files=["LICENSE"],
   python_requires=">=3.11,<3.14",
   packages=setuptools.find_packages(include=["lpo_jax", "lpo_jax.*"]),
-  package_data={"lpo_jax.pages": ["*.j2"]},
+  package_data={"lpo_jax.pages": ["*.j2"], "lpo_jax": ["assets/**/*"]},
   install_requires=REQUIRES,
   extras_require=EXTRAS,
 )

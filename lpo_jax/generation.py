@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lpo_jax import parallel, pretrained
+from lpo_jax import models, parallel, pretrained
 from lpo_jax.diffusion import noising, samplers, schedule
 from lpo_jax.types import Array, Conditioning, Params
 
@@ -118,7 +118,7 @@ class Generator:
     dtype: Any = jnp.float32,
   ):
     self.folder, self._mesh = pathlib.Path(folder), mesh
-    self.unet = pretrained.load(folder, "unet", dtype=dtype)
+    self.unet = models.build(pretrained.read_config(folder, "unet"), dtype=dtype)
     self._vae = pretrained.load(folder, "vae", dtype=dtype)
     self._text = TextConditioner(folder, dtype=dtype)
     self._schedule = schedule.from_config(pretrained.scheduler_config(folder))

@@ -38,6 +38,8 @@ def initialize_distributed() -> None:
   LPO_JAX_DISTRIBUTED=auto is set. A single process needs none of it.
   """
   env = os.environ
+  if jax.distributed.is_initialized():  # by an earlier job of this process
+    return
   if "JAX_COORDINATOR_ADDRESS" in env:
     missing = [k for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if k not in env]
     if missing:

@@ -64,12 +64,19 @@ def match_rules(rules: Sequence[tuple[str, Any]], tree: Any, *, what: str) -> An
     A tree of `tree`'s structure that holds the matched values.
 
   Raises:
-    UserError: a leaf that no rule matches: nothing is decided by silence.
+    UserError: a leaf that no rule matches (nothing is decided by silence), or rules
+      that are none.
 
   >>> match_rules([("bias$", 0.0), (".*", 0.01)], {"bias": 1, "kernel": 2}, what="decay")
   {'bias': 0.0, 'kernel': 0.01}
   """
-  compiled = [(re.compile(pattern), value) for pattern, value in rules]
+  try:
+    compiled = [(re.compile(pattern), value) for pattern, value in rules]
+  except (TypeError, ValueError, re.error) as e:
+    raise UserError(
+      f"{what} rules {rules!r} cannot be used ({e}); expected (regex, value) pairs, such "
+      "as (('bias$', False), ('.*', True))."
+    ) from e
 
   def first_match(name: str, _: Any) -> Any:
     for pattern, value in compiled:

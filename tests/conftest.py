@@ -18,7 +18,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 
-CONFIG = '''
+CONFIG = """
 from lpo_jax.configs import common
 
 
@@ -33,9 +33,18 @@ def get_config(arg=""):
   config.train.total_steps = 5
   config.train.learning_rate = 1e-3
   config.train.warmup_steps = 2
+  config.train.ema = 0.9
   config.train.checkpoint_every = 5
   return config
-'''
+"""
+# Compiling is what these tests take time for.
+SMALLEST_UNET = {
+  "block_out_channels": (32,),
+  "down_block_types": ("CrossAttnDownBlock2D",),
+  "mid_block_type": "UNetMidBlock2D",
+  "up_block_types": ("UpBlock2D",),
+  "cross_attention_dim": 16,
+}
 LIST_SIZES = (2, 3, 4, 5) * 3
 
 
@@ -82,6 +91,11 @@ class World:
       f"--config.data.cache={self.cache}",
       *(f"--config.{override}" for override in overrides),
     ]
+
+  def environment(self, devices: int = 1, **more: str) -> dict[str, str]:
+    """What a process of its own is started with: so many pretended devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags, **more}
 
   def run(self, workdir, *overrides: str, job: str = "train") -> Outcome:
     """Runs a job through the front door, in this process."""
@@ -141,7 +155,7 @@ def tiny_world(tmp_path_factory) -> World:
     folder, folder / "pipeline", folder / "judgements.parquet", folder / "tiny.py"
   )
   networks = {name: dict(fields) for name, fields in quickstart_base.NETWORKS.items()}
-  networks["unet"] |= {"block_out_channels": (16, 32), "cross_attention_dim": 16}
+  networks["unet"] |= SMALLEST_UNET
   networks["vae"]["block_out_channels"] = (8, 16, 16)
   networks["text_encoder"] |= {"hidden_size": 16, "intermediate_size": 32}
   base_job.write_blank_pipeline(world.pipeline, networks, seed=0)

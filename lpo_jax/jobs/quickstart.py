@@ -51,11 +51,15 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     raise UserError(
       f"quickstart.make={config.quickstart.make!r}: expected 'report' or 'base'."
     )
-  train.remember_config(config, workdir)
-  stages = Stages(workdir)
   world = config.quickstart
   base = base_folder(config, workdir)
+  for method in world.methods:
+    own = method_config(config, workdir, method)
+    own.model.path = str(base)
+    train.check_settings(own)
+  train.remember_config(config, workdir)
   config.model.path = str(base)
+  stages = Stages(workdir)
 
   with stages.stage("candidates and judgements"):
     config.data.path = str(make_judgements(config, workdir))

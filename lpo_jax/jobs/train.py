@@ -18,7 +18,7 @@ import numpy as np
 from lpo_jax import console, models, objectives, parallel, pretrained
 from lpo_jax.data.pipeline import Batches
 from lpo_jax.diffusion import noising, schedule
-from lpo_jax.errors import StoppedEarly, UserError
+from lpo_jax.errors import StoppedEarly, UserError, unknown_name
 from lpo_jax.jobs import cache as cache_job
 from lpo_jax.jobs.sampling import RunSamples
 from lpo_jax.training import optimizer as optimizer_lib
@@ -34,7 +34,7 @@ FREE_KEYS = (
   "eval.",
   "export.",
   "inspect.",
-  "quickstart.",
+  "quickstart.publish",
   "data.cache",
   "data.max_bad_images",
   "model.attention",
@@ -46,6 +46,20 @@ FREE_KEYS = (
   "train.log_every",
   "train.max_minutes",
 )
+
+# What activations may be stored in, and the least that numbers of `train` may be.
+DTYPES = ("bfloat16", "float16", "float32")
+LEAST = {
+  "images_per_update": 1,
+  "microbatch": 0,
+  "total_steps": 1,
+  "warmup_steps": 0,
+  "clip_norm": 0,
+  "checkpoint_every": 1,
+  "keep_last": 1,
+  "log_every": 1,
+  "max_minutes": 0,
+}
 
 # On several hosts all must stop at the same step; they ask each other this often.
 AGREE_EVERY = 16
@@ -68,11 +82,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   workdir = pathlib.Path(workdir)
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
   train = config.train
+  check_settings(config)
   step_lib.check_batch_arithmetic(mesh, train.images_per_update, train.microbatch)
-  remember_config(config, workdir)
+  refuse_other_run(config, workdir)
   checkpoints = Checkpoints(workdir / "checkpoints", keep_last=train.keep_last)
   if checkpoints.latest is not None and checkpoints.latest >= train.total_steps:
     console.say(f"already trained to step {checkpoints.latest}: {workdir}")
+    remember_config(config, workdir)
     checkpoints.close()
     return {"step": checkpoints.latest}
 
@@ -85,11 +101,19 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  run_parts = prepare(config, mesh)
-  state = run_parts.state
+  plan = make_plan(config, mesh)
+  params = pretrained.load(config.model.path, "unet", sharding=plan.shardings).params
+  ref_params = None
+  if plan.method.has_reference:
+    ref_params = reference_params(plan.model, params)
+  remember_config(config, workdir)  # only now: what cannot start claims no workdir
   start = 0
-  if checkpoints.latest is not None:
-    state, meta = checkpoints.restore(state)
+  if checkpoints.latest is None:
+    state = state_lib.place(
+      mesh, params, plan.optimizer, with_ema=train.ema > 0, shardings=plan.shardings
+    )
+  else:
+    state, meta = checkpoints.restore(plan.like)
     batches.set_state(meta["data"])
     start = int(state.step)
     console.say(f"resuming from step {start} of {train.total_steps}")
@@ -105,7 +129,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     on_nonfinite=train.on_nonfinite,
   )
   try:
-    return _loop(config, workdir, mesh, run_parts, state, batches, checkpoints, report)
+    return _loop(
+      config, workdir, mesh, plan, state, ref_params, batches, checkpoints, report
+    )
   finally:
     report.close()
     checkpoints.close()
@@ -113,33 +139,33 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     cache.close()
 
 
-@dataclasses.dataclass
-class RunParts:
-  """What the loop needs besides data.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A run before any weight is read: structures, shapes and places.
 
   Attributes:
+    model: the UNet's structure.
     method: networks, noising, objective.
     optimizer: the gradient transformation.
-    state: on the mesh, before the first update.
-    ref_params: the frozen reference on the mesh, or None.
+    shardings: of the parameters, by name.
+    like: the train state as ShapeDtypeStructs with shardings.
   """
 
+  model: models.Model
   method: step_lib.Method
   optimizer: Any
-  state: state_lib.TrainState
-  ref_params: Any
+  shardings: Any
+  like: state_lib.TrainState
 
 
-def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> RunParts:
-  """Loads policy and reference onto the mesh and binds the method's three axes."""
-  train, dtype = config.train, jnp.dtype(config.model.dtype)
+def make_plan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Plan:
+  """Binds the method's three axes and says where everything will live."""
+  train, path = config.train, config.model.path
   objective = objectives.get(**config.objective)
   noise = noising.get(**config.noising)
-  path = config.model.path
-  vae_config = pretrained.read_config(path, "vae")
   model = models.build(
     pretrained.read_config(path, "unet"),
-    dtype=dtype,
+    dtype=jnp.dtype(config.model.dtype),
     attention=config.model.attention,
     remat=config.model.remat,
   )
@@ -149,15 +175,14 @@ def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> RunPa
     noising=noise,
     objective=objective,
     seed=config.seed,
-    scaling_factor=vae_config.get("scaling_factor", 0.18215),
+    scaling_factor=pretrained.read_config(path, "vae").get("scaling_factor", 0.18215),
     microbatch=train.microbatch,
     unroll=jax.default_backend() == "cpu",
   )
-  shardings = parallel.param_shardings(model.abstract_params, mesh)
-  params = pretrained.load(path, "unet", sharding=shardings).params
-  tx = optimizer_lib.build(
+  shapes = model.abstract_params
+  optimizer = optimizer_lib.build(
     train.optimizer,
-    params,
+    shapes,
     learning_rate=train.learning_rate,
     warmup_steps=train.warmup_steps,
     clip_norm=train.clip_norm,
@@ -166,11 +191,11 @@ def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> RunPa
     on_nonfinite=train.on_nonfinite,
     options=train.optimizer_args,
   )
-  state = state_lib.place(mesh, params, tx, with_ema=train.ema > 0, shardings=shardings)
-  ref_params = None
-  if method.has_reference:
-    ref_params = reference_params(model, params)
-  return RunParts(method, tx, state, ref_params)
+  shardings = parallel.param_shardings(shapes, mesh)
+  like = state_lib.placement(
+    mesh, shapes, optimizer, with_ema=train.ema > 0, shardings=shardings
+  )
+  return Plan(model, method, optimizer, shardings, like)
 
 
 def reference_params(model: models.Model, params: Any) -> Any:
@@ -183,17 +208,41 @@ def reference_params(model: models.Model, params: Any) -> Any:
   return jax.jit(lambda tree: jax.tree.map(lambda x: x + 0, model.narrow(tree)))(params)
 
 
-def remember_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Writes config.json, or checks that the run in `workdir` is this one.
+def check_settings(config: ml_collections.ConfigDict) -> None:
+  """Refuses settings that can be known to be wrong before anything is loaded.
+
+  Raises:
+    UserError: no model, a number out of range, an unknown dtype, objective or noising,
+      or an option they do not have.
+  """
+  if not config.model.path:
+    raise UserError(
+      "model.path is not set; give the folder of a diffusers pipeline, the base model."
+    )
+  if config.model.dtype not in DTYPES:
+    raise unknown_name("model.dtype", config.model.dtype, DTYPES)
+  for key, least in LEAST.items():
+    if (config.train[key] or 0) < least:  # None stands for 0
+      raise UserError(f"train.{key}={config.train[key]}: expected at least {least}.")
+  if not 0 <= config.train.ema < 1:
+    raise UserError(
+      f"train.ema={config.train.ema}: expected a decay from 0 (no mean is kept) to "
+      "below 1, such as 0.999."
+    )
+  objectives.get(**config.objective)
+  noising.get(**config.noising)
+
+
+def refuse_other_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Checks that the run in `workdir`, if there is one, is this one.
 
   Raises:
     UserError: the workdir holds a run with other values of keys that matter.
   """
   file = workdir / "config.json"
-  now = json.loads(config.to_json_best_effort())
   if file.exists():
     then = _flat(json.loads(file.read_text("utf-8")))
-    mine = _flat(now)
+    mine = _flat(json.loads(config.to_json_best_effort()))
     differing = [
       key
       for key in sorted(mine.keys() | then.keys())
@@ -206,10 +255,21 @@ def remember_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
         f"{then.get(key)!r}, is {mine.get(key)!r}). Use the old values to go on "
         "with it, or another --workdir for a new run."
       )
+
+
+def remember_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes config.json, which makes the workdir this run's.
+
+  Raises:
+    UserError: the workdir holds a run with other values of keys that matter.
+  """
+  refuse_other_run(config, workdir)
   parallel.barrier("config compared")
   if parallel.is_main_process():
     workdir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    now = json.loads(config.to_json_best_effort())
+    text = json.dumps(now, indent=2) + "\n"
+    (workdir / "config.json").write_text(text, encoding="utf-8")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -243,8 +303,9 @@ def _loop(
   config: Any,
   workdir: pathlib.Path,
   mesh: Any,
-  parts: RunParts,
+  plan: Plan,
   state: state_lib.TrainState,
+  ref_params: Any,
   batches: Batches,
   checkpoints: Checkpoints,
   report: Report,
@@ -259,10 +320,10 @@ def _loop(
   compiled = step_lib.compile_train_step(
     mesh,
     state,
-    parts.ref_params,
+    ref_params,
     batch,
-    method=parts.method,
-    optimizer=parts.optimizer,
+    method=plan.method,
+    optimizer=plan.optimizer,
     ema_decay=train.ema,
   )
   compile_seconds = time.monotonic() - began
@@ -277,7 +338,7 @@ def _loop(
   samples = RunSamples(config, workdir, mesh) if config.eval.every else None
   with stop:
     while step < train.total_steps:
-      state, metrics = compiled(state, parts.ref_params, batch)
+      state, metrics = compiled(state, ref_params, batch)
       step += 1
       report.push(step, metrics)
       position = batches.get_state()  # of the first batch not yet trained on
@@ -294,6 +355,7 @@ def _loop(
         save()
       if reason and step < train.total_steps:
         checkpoints.wait()
+        stop.forget()
         raise StoppedEarly(
           f"{reason}: saved step {step} of {train.total_steps} in {workdir}. The same "
           "command goes on from there."
@@ -331,6 +393,12 @@ class StopRequests:
   def _note(self, number: int, frame: Any) -> None:
     del frame
     self._signal = signal.Signals(number).name
+
+  def forget(self) -> None:
+    """Removes the STOP file, so that the same command goes on."""
+    parallel.barrier("stopped")
+    if parallel.is_main_process():
+      self._file.unlink(missing_ok=True)
 
   def reason(self, step: int) -> str | None:
     """Why to stop after `step`, the same on every process; None to go on."""
@@ -370,8 +438,7 @@ def trained_params(
   """
   checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.train.keep_last)
   try:
-    parts = prepare(config, mesh)
-    state, _ = checkpoints.restore(parts.state, step)
+    state, _ = checkpoints.restore(make_plan(config, mesh).like, step)
   finally:
     checkpoints.close()
   params = state.params if state.ema is None else state.ema

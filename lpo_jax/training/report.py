@@ -124,8 +124,8 @@ class Report:
     if bad and self._on_nonfinite == "stop":
       raise NonFiniteLoss(
         f"{bad[0]} became {values[bad[0]]} at step {step}. The last checkpoint is from "
-        "before. Lower train.learning_rate or objective.beta, or set "
-        "train.on_nonfinite='skip' to drop such updates, and run the same command again."
+        "before. In a new --workdir, lower train.learning_rate or objective.beta, or "
+        "set train.on_nonfinite='skip' to drop such updates."
       )
     if self._in_a_row > SKIPS_IN_A_ROW:
       raise NonFiniteLoss(

@@ -45,6 +45,34 @@ def create(
   )
 
 
+def placement(
+  mesh: Mesh,
+  params: Params,
+  optimizer: optax.GradientTransformation,
+  *,
+  with_ema: bool,
+  shardings: Any,
+) -> TrainState:
+  """Describes the state on the mesh, optimizer slots beside their parameters.
+
+  Args:
+    mesh: from `parallel.make_mesh`.
+    params: arrays or ShapeDtypeStructs.
+    optimizer: from `optimizer.build`.
+    with_ema: keep a running mean of the parameters.
+    shardings: `parallel.param_shardings` of the params.
+
+  Returns:
+    A state of ShapeDtypeStructs with shardings: what a checkpoint is restored onto.
+  """
+  init = functools.partial(create, optimizer=optimizer, with_ema=with_ema)
+  abstract = jax.eval_shape(init, params)
+  where = parallel.state_shardings(abstract, params, mesh, shardings)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where
+  )
+
+
 def place(
   mesh: Mesh,
   params: Params,
@@ -53,7 +81,9 @@ def place(
   with_ema: bool,
   shardings: Any,
 ) -> TrainState:
-  """Builds the state on the mesh, with the optimizer's slots beside their parameters.
+  """Builds the state before the first update where `placement` says.
+
+  Without explicit shardings a jit'd initialiser would replicate the optimizer's slots.
 
   Args:
     mesh: from `parallel.make_mesh`.
@@ -62,7 +92,6 @@ def place(
     with_ema: keep a running mean of the parameters.
     shardings: `parallel.param_shardings` of the params.
   """
+  like = placement(mesh, params, optimizer, with_ema=with_ema, shardings=shardings)
   init = functools.partial(create, optimizer=optimizer, with_ema=with_ema)
-  abstract = jax.eval_shape(init, params)
-  where = parallel.state_shardings(abstract, params, mesh, shardings)
-  return jax.jit(init, out_shardings=where)(params)
+  return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, like))(params)

@@ -1,0 +1,140 @@
+"""A run that was interrupted gives what the uninterrupted one gives, to the bit."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from lpo_jax import main, parallel, trees
+from lpo_jax.jobs import train
+from lpo_jax.training import checkpoint, report
+
+TOTAL = 6
+
+
+def last_checkpoint(world, workdir):
+  """All arrays of a run's newest checkpoint, by name, and where its data stood."""
+  config, *_ = main.parse(world.arguments(workdir))
+  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
+  like = train.make_plan(config, parallel.make_mesh()).like
+  state, meta = checkpoints.restore(like)
+  checkpoints.close()
+  return trees.named_leaves(jax.device_get(state)), meta
+
+
+def assert_same_run(world, workdir, straight):
+  """Weights, optimizer, EMA, data position and the logged losses are equal."""
+  mine, my_meta = last_checkpoint(world, workdir)
+  theirs, their_meta = last_checkpoint(world, straight)
+  assert my_meta == their_meta
+  assert mine.keys() == theirs.keys()
+  differing = [name for name in mine if not np.array_equal(mine[name], theirs[name])]
+  assert differing == []
+  logged = [report.read_metrics(w / "metrics.jsonl") for w in (workdir, straight)]
+  steps = [[row["step"] for row in rows] for rows in logged]
+  assert steps[0] == steps[1] == list(range(1, len(steps[1]) + 1))
+  losses = [[(row["loss"], row["grad_norm"]) for row in rows] for rows in logged]
+  assert losses[0] == losses[1]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_cache, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("straight")
+  outcome = tiny_cache.run(workdir, f"train.total_steps={TOTAL}")
+  assert outcome.code == 0, outcome.text
+  return workdir
+
+
+def test_nothing_to_do_the_second_time(tiny_cache, straight):
+  before = (straight / "metrics.jsonl").read_text()
+  outcome = tiny_cache.run(straight, f"train.total_steps={TOTAL}")
+  assert outcome.code == 0
+  assert f"already trained to step {TOTAL}" in outcome.text
+  assert "compiling" not in outcome.text
+  assert (straight / "metrics.jsonl").read_text() == before
+
+
+def test_a_stop_file_and_going_on(tiny_cache, straight, tmp_path):
+  (tmp_path / "STOP").touch()
+  outcome = tiny_cache.run(tmp_path, f"train.total_steps={TOTAL}")
+  assert outcome.code == 3
+  assert f"STOP: saved step 1 of {TOTAL}" in outcome.text
+  assert not (tmp_path / "STOP").exists()
+  outcome = tiny_cache.run(tmp_path, f"train.total_steps={TOTAL}")
+  assert outcome.code == 0, outcome.text
+  assert f"resuming from step 1 of {TOTAL}" in outcome.text
+  assert_same_run(tiny_cache, tmp_path, straight)
+
+
+def test_many_small_budgets(tiny_cache, straight, tmp_path):
+  command = (tmp_path, f"train.total_steps={TOTAL}", "train.max_minutes=1e-9")
+  outcomes = [tiny_cache.run(*command) for _ in range(TOTAL)]
+  assert [outcome.code for outcome in outcomes] == [3] * (TOTAL - 1) + [0]
+  for step, outcome in enumerate(outcomes[:-1], 1):
+    assert f"max_minutes is over: saved step {step} of {TOTAL}" in outcome.text
+  assert_same_run(tiny_cache, tmp_path, straight)
+
+
+def test_more_steps_than_first_asked_for(tiny_cache, straight, tmp_path):
+  for total in (2, TOTAL):
+    outcome = tiny_cache.run(tmp_path, f"train.total_steps={total}")
+    assert outcome.code == 0, outcome.text
+  assert_same_run(tiny_cache, tmp_path, straight)
+
+
+def start(world, workdir, *overrides):
+  """Starts training in a process of its own; returns when it has checkpoint 2."""
+  overrides = ("train.checkpoint_every=2", *overrides)
+  process = subprocess.Popen(
+    [sys.executable, "-m", "lpo_jax.main", *world.arguments(workdir, *overrides)],
+    cwd=world.folder,
+    env=world.environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+  deadline = time.monotonic() + 180
+  while not (workdir / "checkpoints" / "2").exists():
+    if process.poll() is not None or time.monotonic() > deadline:
+      process.kill()
+      pytest.fail(process.communicate()[0])
+    time.sleep(0.02)
+  return process
+
+
+def test_killed_in_the_middle(tiny_cache, tmp_path):
+  process = start(tiny_cache, tmp_path / "killed", "train.total_steps=100000")
+  process.kill()
+  process.communicate()
+  rows = report.read_metrics(tmp_path / "killed" / "metrics.jsonl")
+  checkpoints = checkpoint.Checkpoints(tmp_path / "killed" / "checkpoints")
+  saved = checkpoints.latest
+  checkpoints.close()
+  assert saved >= 2 and len(rows) >= saved
+  total = f"train.total_steps={len(rows) + 3}"
+  for workdir in (tmp_path / "killed", tmp_path / "straight"):
+    outcome = tiny_cache.run(workdir, total)
+    assert outcome.code == 0, outcome.text
+  assert_same_run(tiny_cache, tmp_path / "killed", tmp_path / "straight")
+
+
+def test_sigterm_saves_and_the_same_command_finishes(tiny_cache, tmp_path):
+  total = "train.total_steps=600"
+  process = start(tiny_cache, tmp_path, total)
+  process.send_signal(signal.SIGTERM)
+  text = process.communicate(timeout=120)[0]
+  assert process.returncode == 3, text
+  assert "received SIGTERM: saved step" in text
+  saved = len(report.read_metrics(tmp_path / "metrics.jsonl"))
+  assert 2 <= saved < 600
+  outcome = tiny_cache.run(tmp_path, total, "train.checkpoint_every=2000")
+  assert outcome.code == 0, outcome.text
+  assert f"resuming from step {saved} of 600" in outcome.text
+  rows = report.read_metrics(tmp_path / "metrics.jsonl")
+  assert [row["step"] for row in rows] == list(range(1, 601))
+  assert json.loads((tmp_path / "config.json").read_text())["train"]["ema"] == 0.9
