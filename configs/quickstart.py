@@ -32,7 +32,7 @@ def get_config(size: str = ""):
   with config.unlocked():
     config.quickstart = {
       "make": "report",  # report | base
-      "sessions": 320,
+      "sessions": 400,
       "images_per_session": 5,
       "users": 24,
       "temperature": 0.5,  # of the taste: its spread within a session, so 3 in 4 agree
@@ -50,11 +50,13 @@ def get_config(size: str = ""):
   config.objective.beta = 2000.0  # Diffusion-DPO's SD1.5 value, code units
 
   config.train.images_per_update = 64
-  config.train.total_steps = 100
+  config.train.total_steps = 150
   config.train.learning_rate = 8e-5
   config.train.warmup_steps = 20
+  # A mean over the last 20 or so updates: single ones scatter by several points.
+  config.train.ema = 0.95
   config.train.checkpoint_every = 10
-  config.train.keep_last = 10  # all: the report looks for equal drift among them
+  config.train.keep_last = 15  # all: the report looks for equal drift among them
 
   config.eval.prompts = tuple(digits.prompts(digits.HELD_OUT_PHRASES))
   config.eval.seeds = 20

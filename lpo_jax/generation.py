@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lpo_jax import models, parallel, pretrained
+from lpo_jax import models, parallel, pretrained, tables
 from lpo_jax.diffusion import noising, samplers, schedule
+from lpo_jax.errors import UserError
 from lpo_jax.types import Array, Conditioning, Params
 
 
@@ -91,6 +92,28 @@ def initial_latents(
   return np.asarray(draw(keys))
 
 
+def _bind_sampler(
+  name: str, *, steps: int, eta: float
+) -> tuple[functools.partial, bool]:
+  """Returns the sampler with its options, and whether it wants keys to draw noise by.
+
+  Raises:
+    UserError: an unknown sampler, or eta for one that has none.
+  """
+  known = tables.options_of(samplers.get(name))
+  options: dict[str, Any] = {"steps": steps}
+  if "eta" in known:
+    options["eta"] = eta
+  elif eta:
+    have = [n for n, f in samplers.SAMPLERS.items() if "eta" in tables.options_of(f)]
+    raise UserError(
+      f"eval.eta={eta}: sampler {name!r} has no eta; expected 0, or eval.sampler among: "
+      f"{', '.join(have)}."
+    )
+  bound = tables.bind("sampler", samplers.SAMPLERS, name, options)
+  return bound, "keys" in known and options.get("eta") != 0
+
+
 class Generator:
   """Draws images with the pipeline in `folder`, whatever UNet weights it is given.
 
@@ -100,7 +123,7 @@ class Generator:
     sampler: a name in `samplers.SAMPLERS`.
     steps: network evaluations (twice with guidance).
     guidance_scale: classifier-free guidance; 1 for none.
-    eta: of DDIM.
+    eta: of DDIM; other samplers have none and refuse any but 0.
     batch_size: images per call, rounded up to a multiple of the devices.
     dtype: of activations.
   """
@@ -117,13 +140,13 @@ class Generator:
     batch_size: int = 16,
     dtype: Any = jnp.float32,
   ):
+    self._sampler, self._draws_noise = _bind_sampler(sampler, steps=steps, eta=eta)
     self.folder, self._mesh = pathlib.Path(folder), mesh
     self.unet = models.build(pretrained.read_config(folder, "unet"), dtype=dtype)
     self._vae = pretrained.load(folder, "vae", dtype=dtype)
     self._text = TextConditioner(folder, dtype=dtype)
     self._schedule = schedule.from_config(pretrained.scheduler_config(folder))
-    self._sampler = functools.partial(samplers.get(sampler), steps=steps, eta=eta)
-    self._eta, self._guidance_scale = eta, guidance_scale
+    self._guidance_scale = guidance_scale
     devices = mesh.size
     self.batch_size = -(-batch_size // devices) * devices
     size, channels = self.unet.config["sample_size"], self.unet.config["in_channels"]
@@ -173,8 +196,10 @@ class Generator:
       )
 
     denoiser = samplers.guided(unet, self._guidance_scale) if guidance else unet
-    keys = noising.identity_keys(0, "sampler", identity) if self._eta > 0 else None
-    clean = self._sampler(denoiser, latents, self._schedule, keys=keys)
+    noise = {}
+    if self._draws_noise:
+      noise["keys"] = noising.identity_keys(0, "sampler", identity)
+    clean = self._sampler(denoiser, latents, self._schedule, **noise)
     images = self._vae.decode(vae_params, clean / self.scaling_factor)
     pixels = jnp.clip(images * 0.5 + 0.5, 0.0, 1.0) * 255.0
     return jnp.round(pixels).astype(jnp.uint8)

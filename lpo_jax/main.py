@@ -186,7 +186,8 @@ def parse(
   overrides = iter(rest)
   for argument in overrides:
     if not argument.startswith("--config."):
-      raise unknown_name("flag", argument, ["--config", "--workdir", "--job"])
+      flag = argument.partition("=")[0]
+      raise unknown_name("flag", flag, ["--config", "--workdir", "--job"])
     name, equals, text = argument.removeprefix("--config.").partition("=")
     if not equals:
       text = next(overrides, None)

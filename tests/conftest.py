@@ -6,7 +6,10 @@ import dataclasses
 import io
 import os
 import pathlib
+import subprocess
+import sys
 import tempfile
+import textwrap
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
@@ -28,10 +31,10 @@ def get_config(arg=""):
   config.model.dtype = "float32"
   config.data.path = {parquet!r}
   config.data.resolution = 32
-  config.objective.beta = 2000.0
+  config.objective.beta = 500.0
   config.train.images_per_update = 16
   config.train.total_steps = 5
-  config.train.learning_rate = 1e-3
+  config.train.learning_rate = 1e-4
   config.train.warmup_steps = 2
   config.train.ema = 0.9
   config.train.checkpoint_every = 5
@@ -70,12 +73,14 @@ class World:
     pipeline: a diffusers folder with random weights.
     parquet: judgements in Pick-a-Pic's columns, on 42 random images in 12 lists.
     config: the config file.
+    judgements: the columns in that file, as `sources.write_pickapic` takes them.
   """
 
   folder: pathlib.Path
   pipeline: pathlib.Path
   parquet: pathlib.Path
   config: pathlib.Path
+  judgements: dict[str, list]
 
   @property
   def cache(self) -> pathlib.Path:
@@ -99,10 +104,10 @@ class World:
 
   def run(self, workdir, *overrides: str, job: str = "train") -> Outcome:
     """Runs a job through the front door, in this process."""
-    return front_door(*self.arguments(workdir, *overrides, job=job))
+    return call_main(*self.arguments(workdir, *overrides, job=job))
 
 
-def front_door(*arguments: str) -> Outcome:
+def call_main(*arguments: str) -> Outcome:
   """Calls `main` in this process; argparse' own exit counts as an exit code."""
   from lpo_jax import main
 
@@ -144,6 +149,12 @@ def judgements(sizes=LIST_SIZES) -> dict[str, list]:
 
 
 @pytest.fixture(scope="session")
+def front_door():
+  """Calls `main` in this process with a whole command line."""
+  return call_main
+
+
+@pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory) -> World:
   """The tiny world, with nothing encoded yet."""
   from lpo_jax.configs import quickstart_base
@@ -152,14 +163,18 @@ def tiny_world(tmp_path_factory) -> World:
 
   folder = tmp_path_factory.mktemp("tiny_world")
   world = World(
-    folder, folder / "pipeline", folder / "judgements.parquet", folder / "tiny.py"
+    folder=folder,
+    pipeline=folder / "pipeline",
+    parquet=folder / "judgements.parquet",
+    config=folder / "tiny.py",
+    judgements=judgements(),
   )
   networks = {name: dict(fields) for name, fields in quickstart_base.NETWORKS.items()}
   networks["unet"] |= SMALLEST_UNET
   networks["vae"]["block_out_channels"] = (8, 16, 16)
   networks["text_encoder"] |= {"hidden_size": 16, "intermediate_size": 32}
   base_job.write_blank_pipeline(world.pipeline, networks, seed=0)
-  sources.write_pickapic(world.parquet, **judgements())
+  sources.write_pickapic(world.parquet, **world.judgements)
   world.config.write_text(
     CONFIG.format(pipeline=str(world.pipeline), parquet=str(world.parquet)), "utf-8"
   )
@@ -172,3 +187,25 @@ def tiny_cache(tiny_world) -> World:
   outcome = tiny_world.run(tiny_world.folder / "cache_run", job="cache")
   assert outcome.code == 0, outcome.text
   return tiny_world
+
+
+@pytest.fixture(scope="session")
+def on_devices():
+  """Runs Python source in a process that sees several devices.
+
+  on_devices(8, source, *arguments) -> what it printed; fails with what it complained of.
+  """
+
+  def run(count, source, *arguments):
+    flags = f"--xla_force_host_platform_device_count={count}"
+    done = subprocess.run(
+      [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)],
+      cwd=pathlib.Path(__file__).resolve().parents[1],
+      env={**os.environ, "XLA_FLAGS": flags},
+      capture_output=True,
+      text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+  return run

@@ -14,7 +14,7 @@ from lpo_jax import main, parallel, trees
 from lpo_jax.jobs import train
 from lpo_jax.training import checkpoint, report
 
-TOTAL = 6
+TOTAL = 4
 
 
 def last_checkpoint(world, workdir):
@@ -124,17 +124,17 @@ def test_killed_in_the_middle(tiny_cache, tmp_path):
 
 
 def test_sigterm_saves_and_the_same_command_finishes(tiny_cache, tmp_path):
-  total = "train.total_steps=600"
+  total = "train.total_steps=150"
   process = start(tiny_cache, tmp_path, total)
   process.send_signal(signal.SIGTERM)
   text = process.communicate(timeout=120)[0]
   assert process.returncode == 3, text
   assert "received SIGTERM: saved step" in text
   saved = len(report.read_metrics(tmp_path / "metrics.jsonl"))
-  assert 2 <= saved < 600
-  outcome = tiny_cache.run(tmp_path, total, "train.checkpoint_every=2000")
+  assert 2 <= saved < 150
+  outcome = tiny_cache.run(tmp_path, total, "train.checkpoint_every=500")
   assert outcome.code == 0, outcome.text
-  assert f"resuming from step {saved} of 600" in outcome.text
+  assert f"resuming from step {saved} of 150" in outcome.text
   rows = report.read_metrics(tmp_path / "metrics.jsonl")
-  assert [row["step"] for row in rows] == list(range(1, 601))
+  assert [row["step"] for row in rows] == list(range(1, 151))
   assert json.loads((tmp_path / "config.json").read_text())["train"]["ema"] == 0.9

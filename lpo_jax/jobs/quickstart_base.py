@@ -260,7 +260,8 @@ def share_legible(config: ml_collections.ConfigDict, folder: pathlib.Path) -> fl
 
 def model_card(config: ml_collections.ConfigDict, legible: float) -> str:
   """Says what the base is, how it was made, and how well it reads."""
-  ev, t = config.eval, config.train
+  ev, train_config = config.eval, config.train
+  steps = config.quickstart.base.autoencoder.steps
   return f"""---
 license: apache-2.0
 library_name: diffusers
@@ -269,19 +270,21 @@ pipeline_tag: text-to-image
 # digits_base: the quickstart's base model
 
 A small Stable-Diffusion-shaped pipeline (UNet2DConditionModel, AutoencoderKL, CLIP text
-encoder) that draws handwritten digits at {digits.SIZE} x {digits.SIZE}, from prompts such
-as "{config.eval.prompts[7]}". Weights are fp16.
+encoder) that draws handwritten digits at {digits.SIZE} x {digits.SIZE} from prompts such as
+"{config.eval.prompts[7]}". Weights are fp16.
 
 Made from the 1,797 real digits that come with scikit-learn (UCI ML hand-written digits,
 CC BY 4.0; Alpaydin and Kaynak 1998) by
 
     python -m lpo_jax.main --config configs/quickstart_base.py --workdir runs/quickstart_base
 
-with seed {config.seed}: autoencoder {config.quickstart.base.autoencoder.steps} steps,
-UNet {t.total_steps} `sft` updates of {t.images_per_update} images, EMA {t.ema}. The text
-encoder is random.
+- seed: {config.seed}
+- autoencoder: {steps} steps of {config.quickstart.base.autoencoder.batch_size} images
+- UNet: {train_config.total_steps} `sft` updates of {train_config.images_per_update} images,
+  EMA {train_config.ema}
+- text encoder: random
 
-An independent reader (a support vector machine on the real digits) recognises
-{100 * legible:.1f} % of {len(ev.prompts) * ev.seeds} samples ({ev.sampler}, {ev.steps}
-steps, guidance {ev.guidance_scale}, seeds 0 to {ev.seeds - 1}).
+An independent reader (a support vector machine trained on the real digits) recognises
+{100 * legible:.1f} % of {len(ev.prompts) * ev.seeds} samples ({ev.sampler}, {ev.steps} steps,
+guidance {ev.guidance_scale}, seeds 0 to {ev.seeds - 1}).
 """

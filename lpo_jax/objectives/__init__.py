@@ -12,22 +12,45 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from lpo_jax import tables
-from lpo_jax.objectives.listwise import lpo
-from lpo_jax.objectives.pairwise import dpo
-from lpo_jax.objectives.pointwise import sft
+from lpo_jax.objectives.listwise import all_pairs, lair, lipo_lambda, lpo, rankdpo
+from lpo_jax.objectives.pairwise import dmpo, dpo, dpo_hinge, ipo, poly_dpo
+from lpo_jax.objectives.pairwise_errors import capo, dro, dspo, linear_dpo, mapo
+from lpo_jax.objectives.pointwise import kto, sft
 from lpo_jax.types import Array, Denoising, Metrics, Ranking
 
 ObjectiveFn = Callable[..., tuple[Array, Metrics]]
 
-OBJECTIVES: dict[str, ObjectiveFn] = {"sft": sft, "dpo": dpo, "lpo": lpo}
+OBJECTIVES: dict[str, ObjectiveFn] = {
+  # One image at a time.
+  "sft": sft,
+  "kto": kto,
+  # Ordered pairs.
+  "dpo": dpo,
+  "ipo": ipo,
+  "dpo_hinge": dpo_hinge,
+  "dspo": dspo,
+  "mapo": mapo,
+  "dmpo": dmpo,
+  "poly_dpo": poly_dpo,
+  "linear_dpo": linear_dpo,
+  "capo": capo,
+  "dro": dro,
+  # Whole lists.
+  "lpo": lpo,
+  "all_pairs": all_pairs,
+  "rankdpo": rankdpo,
+  "lambda": lipo_lambda,
+  "lair": lair,
+}
 
 # Which scalars an objective reads. One that needs only `err` runs without a reference.
 NEEDS: Mapping[str, frozenset[str]] = {
-  "sft": frozenset({"err"}),
-  "dpo": frozenset({"err", "ref_err"}),
-  "lpo": frozenset({"err", "ref_err"}),
+  **dict.fromkeys(OBJECTIVES, frozenset({"err", "ref_err"})),
+  **dict.fromkeys(("sft", "mapo"), frozenset({"err"})),
+  "dspo": frozenset({"err", "ref_err", "drift"}),
 }
 
 
@@ -43,7 +66,7 @@ class Objective:
 
   name: str
   needs: frozenset[str]
-  hyper: Mapping[str, float]
+  hyper: Mapping[str, Any]
   fn: ObjectiveFn = dataclasses.field(repr=False)
 
   def __call__(self, denoising: Denoising, ranking: Ranking) -> tuple[Array, Metrics]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
+import jax
 import jax.numpy as jnp
 
+from lpo_jax import tables
 from lpo_jax.types import Array, Denoising, Metrics, Ranking
 
 
@@ -42,6 +46,95 @@ def mean_over_lists(per_list: Array, counts: Array, ranking: Ranking) -> Array:
   return jnp.sum(weight * jnp.where(counts, per_list, 0.0)) / jnp.where(
     total > 0, total, 1.0
   )
+
+
+def differences(x: Array) -> Array:
+  """x_i - x_k of all items of a list: [B, N] -> [B, N, N]."""
+  return x[:, :, None] - x[:, None, :]
+
+
+def mean_of_pairs(values: Array, pairs: Array, ranking: Ranking) -> Array:
+  """Mean of each list's values where `pairs`, then over lists.
+
+  Args:
+    values: [B, N, N] fp32, finite everywhere.
+    pairs: [B, N, N] bool; a list without any does not count.
+    ranking: gives the [B] weights.
+  """
+  count = jnp.sum(pairs, axis=(1, 2))
+  total = jnp.sum(jnp.where(pairs, values, 0.0), axis=(1, 2))
+  return mean_over_lists(total / jnp.maximum(count, 1), count > 0, ranking)
+
+
+def sum_of_pairs(values: Array, pairs: Array, ranking: Ranking) -> Array:
+  """As `mean_of_pairs`, but the sum within a list: long lists count for more."""
+  total = jnp.sum(jnp.where(pairs, values, 0.0), axis=(1, 2))
+  return mean_over_lists(total, jnp.any(pairs, axis=(1, 2)), ranking)
+
+
+def bounded_square(x: Array) -> Array:
+  """x^2, constant beyond |x| = 1e15: no error comes near, and fp32 stays finite."""
+  return jnp.square(jnp.clip(x, -1e15, 1e15))
+
+
+def _score(ranking: Ranking) -> Array:
+  return jnp.where(ranking.valid, ranking.score, 0.0)
+
+
+def _wins(ranking: Ranking) -> Array:
+  others = jnp.maximum(jnp.sum(ranking.valid, axis=1, keepdims=True) - 1, 1)
+  return jnp.sum(is_better(ranking), axis=2) / others
+
+
+# Where graded rewards come from: outside, or the share of the others an item beats.
+REWARDS: Mapping[str, Callable[[Ranking], Array]] = {"score": _score, "wins": _wins}
+
+
+def rewards_of(ranking: Ranking, source: str) -> Array:
+  """Graded rewards of the items: [B, N] fp32, 0 where invalid.
+
+  Args:
+    ranking: scores and ranks.
+    source: a name in `REWARDS`. "score" is `ranking.score`; a data set of votes has
+      none (all 0). "wins" makes one out of the ranks, in 0..1.
+
+  Raises:
+    UserError: an unknown source.
+  """
+  return tables.bind("rewards", REWARDS, source, {})(ranking)
+
+
+def calibrate(rewards: Array, valid: Array) -> Array:
+  """Expected win rate of each item against the others of its list: [B, N] in 0..1.
+
+  R_ca(i) = mean_{j != i} sigmoid(R_i - R_j), the Bradley-Terry probability that i wins.
+  """
+  n = rewards.shape[1]
+  others = valid[:, :, None] & valid[:, None, :] & ~jnp.eye(n, dtype=bool)
+  win = jnp.where(others, jax.nn.sigmoid(differences(rewards)), 0.0)
+  return jnp.sum(win, axis=2) / jnp.maximum(jnp.sum(others, axis=2), 1)
+
+
+def places(before: Array) -> Array:
+  """1 + how many items come before each: [B, N, N] bool -> [B, N] fp32, 1 = first.
+
+  Args:
+    before: [B, N, N], item i comes before item k.
+  """
+  return 1.0 + jnp.sum(before, axis=1)
+
+
+def dcg_weights(rewards: Array, place: Array) -> Array:
+  """|2^phi_i - 2^phi_k| |1 / log(1 + tau_i) - 1 / log(1 + tau_k)|: [B, N, N].
+
+  How much the discounted cumulative gain changes if items i and k swap places.
+
+  Args:
+    rewards: [B, N], phi; clipped at +-64, for 2^phi to be finite.
+    place: [B, N], tau, 1 = first.
+  """
+  gain = jnp.exp2(jnp.clip(rewards, -64.0, 64.0))
+  return jnp.abs(differences(gain)) * jnp.abs(differences(1.0 / jnp.log1p(place)))
 
 
 def _mean(values: Array, where: Array) -> Array:

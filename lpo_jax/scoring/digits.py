@@ -113,13 +113,13 @@ def slant(images: np.ndarray) -> np.ndarray:
 # Spread of boldness and slant among the real digits of one class: the natural units.
 BOLDNESS_UNIT = 0.018
 SLANT_UNIT = 0.085
-BOLDNESS_WEIGHT = 0.3
+BOLDNESS_WEIGHT = 0.2
 
 
 def taste(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
   """What the simulated annotators like: upright strokes, and bold ones. [n], more is better.
 
-  taste = 0.3 boldness / 0.018 - |slant| / 0.085
+  taste = 0.2 boldness / 0.018 - |slant| / 0.085
 
   Both in units of their spread among real digits of one class. Boldness alone would be
   no test: a model that inks everything a little more wins every same-seed comparison,

@@ -62,8 +62,9 @@ class Checkpoints:
     step = int(state.step)
     if step == self.latest:
       return
+    # As text: Orbax refuses an empty dict and integers of more than 64 bits.
     self._orbax.save_checkpointables_async(
-      step, {"state": trees.named_leaves(state), "meta": json.loads(json.dumps(meta))}
+      step, {"state": trees.named_leaves(state), "meta": {"json": json.dumps(meta)}}
     )
 
   def restore(
@@ -87,7 +88,8 @@ class Checkpoints:
     }
     self._check(step, wanted)
     loaded = self._orbax.load_checkpointables(step, {"state": wanted, "meta": None})
-    return trees.unflatten_named(loaded["state"], like), loaded["meta"]
+    meta = json.loads(loaded["meta"]["json"])
+    return trees.unflatten_named(loaded["state"], like), meta
 
   def _check(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
     """Compares names and shapes first: Orbax' own complaint is pages of noise."""

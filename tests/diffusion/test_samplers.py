@@ -1,4 +1,4 @@
-"""DDIM against diffusers step by step, and against what is known of a Gaussian."""
+"""Samplers against diffusers step by step, and against what is known of a Gaussian."""
 
 import functools
 import itertools
@@ -32,17 +32,17 @@ def start():
   return np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
 
 
-def ours_by_step(config, steps, **options):
-  """Returns every input of the network and the result, from `samplers.ddim`."""
-  seen = []
+def ours_by_step(config, steps, name="ddim", **options):
+  """Returns every input of the network and the result, from the sampler `name`."""
+  seen, sampler = [], samplers.get(name)
 
   def denoiser(x, t):
-    seen.append((int(t[0]), np.asarray(x)))
+    seen.append((t[0].item(), np.asarray(x)))
     return network(x, t.astype(jnp.float32).reshape(-1, 1, 1, 1), jnp.tanh)
 
   with jax.disable_jit():
     tables = schedule.from_config(config)
-    last = samplers.ddim(denoiser, jnp.asarray(start()), tables, steps=steps, **options)
+    last = sampler(denoiser, jnp.asarray(start()), tables, steps=steps, **options)
   return [*seen, (-1, np.asarray(last))]
 
 
@@ -64,7 +64,12 @@ def theirs_by_step(config, steps, *, eta=0.0, fresh=None):
 
 
 def assert_same_path(ours, theirs, tolerance):
-  assert [t for t, _ in ours] == [t for t, _ in theirs]
+  expected = [t for t, _ in theirs]
+  assert [type(t) for t, _ in ours] == [type(t) for t in expected]
+  # Levels between timesteps are as far off as their fp32 tables are.
+  assert [t for t, _ in ours] == pytest.approx(expected, rel=0, abs=0.05)
+  if all(float(t).is_integer() for t in expected):
+    assert [t for t, _ in ours] == expected
   for (t, a), (_, b) in zip(ours, theirs, strict=True):
     error = np.abs(a - b).max() / np.abs(b).max()
     assert error < tolerance, (t, error)
@@ -102,6 +107,116 @@ def test_stochastic_ddim_is_diffusers_step_by_step(grid, eta):
     theirs_by_step(config, steps, eta=eta, fresh=fresh),
     1e-5,
   )
+
+
+def their_scheduler(name, config, sigmas="schedule"):
+  import diffusers
+
+  options = {
+    "ddpm": {"clip_sample": False},
+    "dpmpp_2m": {"algorithm_type": "dpmsolver++", "solver_order": 2},
+    "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+  }
+  config = {k: v for k, v in config.items() if k != "set_alpha_to_one"}
+  config |= options.get(name, {})
+  if sigmas == "karras":
+    config["use_karras_sigmas"] = True
+  return getattr(diffusers, THEIRS[name])(**config)
+
+
+THEIRS = {
+  "ddpm": "DDPMScheduler",
+  "dpmpp_2m": "DPMSolverMultistepScheduler",
+  "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+  "euler": "EulerDiscreteScheduler",
+  "euler_ancestral": "EulerAncestralDiscreteScheduler",
+}
+
+
+def path_of(scheduler, steps, fresh=None):
+  """Every input of the network and the result, from any scheduler of diffusers.
+
+  Schedulers that draw their own noise are shown two copies of x at once. The two results
+  give the deviation they draw with and the mean; the step is then taken with `fresh`.
+  """
+  torch = pytest.importorskip("torch")
+  torch.set_num_threads(1)
+  scheduler.set_timesteps(steps)
+  x, seen = torch.from_numpy(start()) * scheduler.init_noise_sigma, []
+  for i, t in enumerate(scheduler.timesteps):
+    shown = scheduler.scale_model_input(x, t)
+    seen.append((t.item(), shown.numpy()))
+    output = network(shown, float(t), torch.tanh)
+    if fresh is None:
+      x = scheduler.step(output, t, x).prev_sample
+      continue
+    twice = (torch.stack([output] * 2), t, torch.stack([x] * 2))
+    drawn = torch.randn(twice[0].shape, generator=torch.manual_seed(i))
+    rows = scheduler.step(*twice, generator=torch.manual_seed(i)).prev_sample
+    apart, gap = (rows[0] - rows[1]).double(), (drawn[0] - drawn[1]).double()
+    deviation = (apart * gap).sum() / (gap * gap).sum()
+    assert float((apart - deviation * gap).abs().max()) < 1e-5 * float(rows.abs().max())
+    mean = rows[0].double() - deviation * drawn[0]
+    x = (mean + deviation * torch.from_numpy(fresh[i])).float()
+  return [*seen, (-1, x.numpy())]
+
+
+# What SD 1.5, SD 2 and SDXL ship, and the grids that are advised for them.
+SHIPPED = {
+  "sd15_sdxl": {"timestep_spacing": "leading", "steps_offset": 1},
+  "sd2_v": {
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "prediction_type": "v_prediction",
+  },
+  "sd2_v_trailing": {
+    "timestep_spacing": "trailing",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+  },
+  "sdxl_trailing": {"timestep_spacing": "trailing"},
+  "linspace": {"timestep_spacing": "linspace"},
+  "linspace_v": {"timestep_spacing": "linspace", "prediction_type": "v_prediction"},
+}
+
+
+def tolerance(name, config):
+  # Their Euler carries x / a in fp32, which without terminal signal is up to 4096:
+  # half an ulp of that is 2.4e-4 of what is left of it at the image.
+  carried = name.startswith("euler") and config.get("rescale_betas_zero_snr")
+  return 1e-3 if carried else 1e-4
+
+
+@pytest.mark.parametrize("config", SHIPPED.values(), ids=SHIPPED)
+@pytest.mark.parametrize("sigmas", ["schedule", "karras"])
+@pytest.mark.parametrize("name", ["dpmpp_2m", "euler"])
+def test_deterministic_samplers_are_diffusers_step_by_step(name, sigmas, config):
+  pytest.importorskip("torch")
+  config = {**SD, **config}
+  for steps in (1, 2, 7, 20):
+    assert_same_path(
+      ours_by_step(config, steps, name, sigmas=sigmas),
+      path_of(their_scheduler(name, config, sigmas), steps),
+      tolerance(name, config),
+    )
+
+
+@pytest.mark.parametrize("config", SHIPPED.values(), ids=SHIPPED)
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m_sde", "euler_ancestral"])
+def test_stochastic_samplers_are_diffusers_step_by_step(name, config):
+  pytest.importorskip("torch")
+  config = {**SD, **config}
+  keys = jax.random.split(jax.random.key(1), SHAPE[0])
+  for steps in (1, 2, 7):
+    fresh = [
+      np.stack([jax.random.normal(jax.random.fold_in(k, i), SHAPE[1:]) for k in keys])
+      for i in range(steps)
+    ]
+    assert_same_path(
+      ours_by_step(config, steps, name, keys=keys),
+      path_of(their_scheduler(name, config), steps, fresh),
+      tolerance(name, config),
+    )
 
 
 def gaussian_denoiser(tables, mean, deviation):
@@ -194,6 +309,122 @@ def test_stochastic_ddim_is_ancestral_sampling_of_a_gaussian(prediction_type):
   assert abs(variance / DEVIATION**2 - 1) < 0.03
 
 
+def log_schedule(total):
+  """A schedule whose sigmas go evenly in their logarithm from 0.1 to 10."""
+  sigma = np.exp(np.linspace(np.log(0.1), np.log(10.0), total))
+  abar = (1 / (1 + sigma**2)).astype(np.float32)
+  return schedule.NoiseSchedule(abar, timestep_spacing="linspace")
+
+
+def endpoint(sampler, steps):
+  """Where the exact flow of N(MEAN, 1) ends if the last step, to 0, is the sampler's.
+
+  That step is of first order in every sampler (x_0 = E[x_0 | x]) and of fixed size.
+  """
+  tables, seen = log_schedule(1 + 960), []
+  x = jnp.linspace(-2.0, 2.0, 16).reshape(1, 2, 2, 4)
+  exact = gaussian_denoiser(tables, MEAN, 1.0)
+
+  def denoiser(x, t):
+    jax.debug.callback(lambda t: seen.append(int(t)), t[0], ordered=True)
+    return exact(x, t.astype(jnp.int32))
+
+  last = np.asarray(sampler(denoiser, x, tables, steps=steps))
+  jax.effects_barrier()
+  sigma = [
+    float((1 / tables.alphas_cumprod[t] - 1) ** 0.5) for t in (seen[0], seen[-1])
+  ]
+  first = np.asarray(x, np.float64) * (1 + sigma[0] ** 2) ** 0.5  # x / a
+  if sampler is samplers.euler:
+    first = np.asarray(x, np.float64) * sigma[0]
+  # (x / a - MEAN) / sqrt(1 + sigma^2) stays; E[x_0 | x] = MEAN + (x / a - MEAN) / (1 + sigma^2)
+  score = (first - MEAN) / (1 + sigma[0] ** 2) ** 0.5
+  return last, MEAN + score / (1 + sigma[1] ** 2) ** 0.5
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("dpmpp_2m", 2)])
+def test_orders_of_convergence(name, order):
+  errors = []
+  for steps in (15, 30, 60, 120):
+    last, exact = endpoint(samplers.get(name), steps)
+    errors.append(np.abs(last - exact).max())
+  slopes = -np.diff(np.log2(errors))
+  assert np.all(np.abs(slopes - order) < 0.25), (slopes, errors)
+  assert abs(slopes[-1] - order) < 0.12, (slopes, errors)
+
+
+@pytest.mark.parametrize("prediction_type", schedule.PREDICTION_TYPES)
+@pytest.mark.parametrize("name", ["ddpm", "euler_ancestral"])
+def test_ancestral_samplers_have_the_variance_of_a_gaussian(name, prediction_type):
+  tables = schedule.from_config(
+    {**SD, "timestep_spacing": "trailing", "prediction_type": prediction_type}
+  )
+  count, steps = 128, 100
+  denoiser = gaussian_denoiser(tables, MEAN, DEVIATION)
+  last = np.asarray(
+    samplers.get(name)(
+      lambda x, t: denoiser(x, t.astype(jnp.int32)),
+      jax.random.normal(jax.random.key(0), (count, 8, 8, 4)),
+      tables,
+      steps=steps,
+      keys=jax.random.split(jax.random.key(1), count),
+    )
+  )
+  grid = tables.alphas_cumprod.astype(np.float64)[tables.sampling_timesteps(steps)]
+  # 100 steps forget x_T, so that Euler's s_T in its place makes no difference here.
+  mean, variance = ancestral_moments(grid)
+  # 32768 draws: deviations of the estimates are 0.0022 and 0.8 % of the variance.
+  assert abs(last.mean() - mean) < 0.01
+  assert abs(last.var() / variance - 1) < 0.03
+
+
+def test_euler_is_ddim_on_the_same_grid():
+  # Both are first-order steps in sigma; only the scale of the first x differs.
+  tables = schedule.from_config({**SD, "timestep_spacing": "trailing"})
+  abar = tables.alphas_cumprod[-1]
+  denoiser = gaussian_denoiser(tables, MEAN, DEVIATION)
+  x = jnp.asarray(start())
+  np.testing.assert_allclose(
+    samplers.euler(lambda x, t: denoiser(x, t.astype(jnp.int32)), x, tables, steps=20),
+    samplers.ddim(denoiser, x * (1 - abar) ** 0.5, tables, steps=20),
+    atol=2e-5,
+  )
+
+
+def test_ddpm_with_all_steps_is_ddim_with_eta_1():
+  tables = schedule.from_config({**SD, "num_train_timesteps": 20})
+  options = {"steps": 20, "keys": jax.random.split(jax.random.key(2), SHAPE[0])}
+  arguments = (gaussian_denoiser(tables, MEAN, DEVIATION), jnp.asarray(start()), tables)
+  np.testing.assert_allclose(
+    samplers.ddpm(*arguments, **options),
+    samplers.ddim(*arguments, **options, eta=1.0),
+    atol=1e-5,
+  )
+
+
+STOCHASTIC = ["ddpm", "dpmpp_2m_sde", "euler_ancestral"]
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_samplers_that_draw_want_keys(name):
+  tables = schedule.from_config(SD)
+  arguments = (gaussian_denoiser(tables, MEAN, DEVIATION), jnp.ones(SHAPE), tables)
+  with pytest.raises(UserError, match="expected keys, one per image"):
+    samplers.get(name)(*arguments, steps=3)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_every_sampler_refuses_to_predict_noise_from_noise(name):
+  config = {**SD, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+  with pytest.raises(UserError, match="timestep 999, which is pure noise"):
+    ours_by_step(config, 3, name)
+
+
+def test_sigmas_by_name():
+  with pytest.raises(UserError, match="unknown sigmas 'karas'; did you mean 'karras'"):
+    ours_by_step(SD, 3, "euler", sigmas="karas")
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_certain_image_is_found_in_any_number_of_steps(eta):
   tables = schedule.from_config(SD)
@@ -244,6 +475,22 @@ def test_guidance_goes_from_the_unconditional_to_the_conditional(scale, factor):
   out = samplers.guided(denoiser, scale)(x, t)
   np.testing.assert_allclose(
     out, factor * (x + t[:, None, None, None]), rtol=1e-5, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  ("text_scale", "image_scale", "factor"),
+  [(0, 0, 11), (0, 1, 5), (1, 1, 2), (7.5, 1.5, 11 + 1.5 * -6 + 7.5 * -3)],
+)
+def test_edit_guidance_goes_by_the_image_to_the_text(text_scale, image_scale, factor):
+  def denoiser(x, t):  # text and image: 2 (x + t); image: 5 (x + t); none: 11 (x + t)
+    by_row = jnp.repeat(jnp.asarray([2.0, 5.0, 11.0]), x.shape[0] // 3)
+    return by_row[:, None, None, None] * (x + t[:, None, None, None])
+
+  x, t = jnp.asarray(start()), jnp.asarray([10, 20, 30])
+  out = samplers.guided_edit(denoiser, text_scale, image_scale)(x, t)
+  np.testing.assert_allclose(
+    out, factor * (x + t[:, None, None, None]), rtol=1e-5, atol=1e-4
   )
 
 
