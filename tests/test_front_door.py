@@ -20,7 +20,7 @@ from lpo_jax.training.report import read_metrics
 torch = pytest.importorskip("torch")
 
 ROOT = pathlib.Path(__file__).parent.parent
-METHODS = ("lpo", "dpo")
+METHODS = ("dpo", "lpo")
 SCORERS = ("digits_taste", "digits_legibility")
 ROW = {
   "candidate", "baseline", "scorer", "n", "win_rate", "ci_low", "ci_high", "ties",
@@ -95,8 +95,8 @@ def test_says_what_it_does_and_where_things_are(first):
   assert list(workdir.parent.iterdir()) == [workdir]  # nothing beside the workdir
   stages = re.findall(r"^== (.+)$", done.stdout, re.MULTILINE)
   assert stages == [
-    "candidates and judgements", "inspect", "cache", "train lpo", "train dpo",
-    "evaluate", "export lpo",
+    "candidates and judgements", "inspect", "cache",
+    *(f"train {method}" for method in METHODS), "evaluate", "export lpo",
   ]  # fmt: skip
   for name in ("report.html", "summary.json", "lpo/export"):
     assert str(workdir / name) in done.stdout
@@ -129,7 +129,7 @@ def test_the_summary_has_every_comparison_with_an_interval(workdir, summary):
   compared = {(r["candidate"], r["baseline"], r["scorer"]) for r in summary}
   for scorer in SCORERS:
     assert {(m, "base", scorer) for m in METHODS} <= compared
-    assert ("dpo", "lpo", scorer) in compared
+    assert (*reversed(METHODS), scorer) in compared
 
 
 def test_the_win_rates_are_those_of_the_scores(workdir, summary):
@@ -173,9 +173,9 @@ def test_every_update_is_logged(workdir, method):
   for row in rows:
     assert all(math.isfinite(value) for value in row.values())
     assert row["images_per_second"] > 0 and 0 <= row["data_wait_share"] <= 1
-  assert rows[0]["margin"] == rows[0]["drift"] == 0
-  assert rows[0]["implicit_acc"] == 0.5
-  assert rows[-1]["drift"] > 0
+  # Nothing has moved yet, to the rounding of fp32.
+  assert abs(rows[0]["margin"]) < 1e-7 and 0 <= rows[0]["drift"] < 1e-12
+  assert rows[-1]["drift"] > 1e-8
   assert list((workdir / method / "tensorboard").glob("events.*"))
   written = json.loads((workdir / method / "config.json").read_text("utf-8"))
   assert written["objective"] == {"name": method, "beta": 2000.0}
@@ -217,7 +217,11 @@ def test_diffusers_draws_what_we_draw(workdir):
   settings = {"steps": 6, "guidance_scale": 2.0}
   mesh = parallel.make_mesh()
   generator = generation.Generator(folder, mesh=mesh, batch_size=2, **settings)
-  ours = generator(generator.unet.params, prompts, seeds).astype(np.int32)
+  params = parallel.put(
+    pretrained.load(folder, "unet").params,
+    parallel.param_shardings(generator.unet.abstract_params, mesh),
+  )
+  ours = generator(params, prompts, seeds).astype(np.int32)
   latents = generation.initial_latents(prompts, seeds, generator.latent_shape)
   theirs = pipeline(
     prompts,
@@ -332,7 +336,9 @@ def test_command_lines_that_cannot_be_used(tiny_world, front_door, tmp_path):
   config, workdir = f"--config={tiny_world.config}", f"--workdir={tmp_path}"
   refused(front_door(), "--config", "--workdir")
   refused(front_door(config, workdir, "--job=trian"), "'trian'; did you mean 'train'?")
-  refused(front_door(config, workdir, "--jobb=train"), "'--jobb'; did you mean '--job'?")
+  refused(
+    front_door(config, workdir, "--jobb=train"), "'--jobb'; did you mean '--job'?"
+  )
   refused(front_door(config, workdir, "--config.seed"), "--config.seed has no value")
   refused(
     front_door("--config=configs/quickstrat.py", workdir),
