@@ -36,7 +36,9 @@ def main() -> None:
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
   flags = parser.parse_args()
-  results = {seed: run_seed(flags.workdir / f"seed{seed}", seed) for seed in flags.seeds}
+  results = {
+    seed: run_seed(flags.workdir / f"seed{seed}", seed) for seed in flags.seeds
+  }
   lines = ["| seed | comparison | scorer | win rate | 95 % interval | means |"]
   lines.append("|--:|---|---|--:|---|---|")
   for seed, (rows, _) in results.items():

@@ -210,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   logging.basicConfig(
     level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
   )
+  # Orbax warns of small checkpoints that need no merging, at every save.
+  logging.getLogger("absl").setLevel(logging.ERROR)
   try:
     config, workdir, job = parse(sys.argv[1:] if argv is None else argv)
     run = importlib.import_module(f"lpo_jax.jobs.{job}").run

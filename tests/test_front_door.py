@@ -9,10 +9,11 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from lpo_jax import generation, parallel, pretrained
+from lpo_jax import generation, main, parallel, pretrained
 from lpo_jax.data import sources
 from lpo_jax.training import checkpoint
 from lpo_jax.training.report import read_metrics
@@ -20,8 +21,11 @@ from lpo_jax.training.report import read_metrics
 torch = pytest.importorskip("torch")
 
 ROOT = pathlib.Path(__file__).parent.parent
-METHODS = ("dpo", "lpo")
-SCORERS = ("digits_taste", "digits_legibility")
+LOCATION = f"{ROOT / 'configs' / 'quickstart.py'}:smoke"
+SMOKE = main.load_config(LOCATION)
+WORLD, STEPS = SMOKE.quickstart, SMOKE.train.total_steps
+METHODS, SCORERS = tuple(WORLD.methods), tuple(SMOKE.eval.scorers)
+DRAWN = len(SMOKE.eval.prompts) * SMOKE.eval.seeds  # images per candidate
 ROW = {
   "candidate", "baseline", "scorer", "n", "win_rate", "ci_low", "ci_high", "ties",
   "mean_candidate", "mean_baseline",
@@ -60,7 +64,7 @@ def quickstart(folder):
       sys.executable,
       "-m",
       "lpo_jax.main",
-      f"--config={ROOT / 'configs' / 'quickstart.py'}:smoke",
+      f"--config={LOCATION}",
       f"--workdir={folder / 'run'}",
     ],
     cwd=folder,
@@ -96,9 +100,9 @@ def test_says_what_it_does_and_where_things_are(first):
   stages = re.findall(r"^== (.+)$", done.stdout, re.MULTILINE)
   assert stages == [
     "candidates and judgements", "inspect", "cache",
-    *(f"train {method}" for method in METHODS), "evaluate", "export lpo",
+    *(f"train {method}" for method in METHODS), "evaluate", f"export {WORLD.publish}",
   ]  # fmt: skip
-  for name in ("report.html", "summary.json", "lpo/export"):
+  for name in ("report.html", "summary.json", f"{WORLD.publish}/export"):
     assert str(workdir / name) in done.stdout
   assert "base model: the one that ships" in done.stdout
   assert "Traceback" not in done.stderr
@@ -125,7 +129,7 @@ def test_the_summary_has_every_comparison_with_an_interval(workdir, summary):
     figures = {key: row[key] for key in ROW - {"candidate", "baseline", "scorer"}}
     assert all(math.isfinite(value) for value in figures.values()), row
     assert 0 <= row["ci_low"] <= row["win_rate"] <= row["ci_high"] <= 1, row
-    assert row["n"] == 40 and 0 <= row["ties"] <= row["n"]
+    assert row["n"] == DRAWN and 0 <= row["ties"] <= row["n"]
   compared = {(r["candidate"], r["baseline"], r["scorer"]) for r in summary}
   for scorer in SCORERS:
     assert {(m, "base", scorer) for m in METHODS} <= compared
@@ -155,21 +159,21 @@ def test_the_judgements_have_exactly_pickapics_columns(workdir):
   assert {f.name: str(f.type) for f in table.schema} == PICKAPIC
   assert table.column_names == list(PICKAPIC)
   rows = table.to_pylist()
-  # 40 sessions of 5 images: the winner stays, so 4 comparisons each.
-  assert len(rows) == 160
-  assert len({row["ranking_id"] for row in rows}) == 40
+  # The winner stays: each image but a session's first is compared once as newcomer.
+  assert len(rows) == WORLD.sessions * (WORLD.images_per_session - 1)
+  assert {row["ranking_id"] for row in rows} == set(range(WORLD.sessions))
   for row in rows:
     labels = (row["label_0"], row["label_1"])
     best = {(1, 0): row["image_0_uid"], (0, 1): row["image_1_uid"], (0.5, 0.5): "tie"}
     assert row["best_image_uid"] == best[labels]
     assert row["has_label"] and row["jpg_0"] and row["jpg_1"]
-  assert 0 < sum(row["label_0"] == 0.5 for row in rows) < 80
+  assert 0 < sum(row["label_0"] == 0.5 for row in rows) < len(rows) / 2
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_update_is_logged(workdir, method):
   rows = read_metrics(workdir / method / "metrics.jsonl")
-  assert [row["step"] for row in rows] == list(range(1, 13))
+  assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
   for row in rows:
     assert all(math.isfinite(value) for value in row.values())
     assert row["images_per_second"] > 0 and 0 <= row["data_wait_share"] <= 1
@@ -178,8 +182,8 @@ def test_every_update_is_logged(workdir, method):
   assert rows[-1]["drift"] > 1e-8
   assert list((workdir / method / "tensorboard").glob("events.*"))
   written = json.loads((workdir / method / "config.json").read_text("utf-8"))
-  assert written["objective"] == {"name": method, "beta": 2000.0}
-  assert written["train"]["total_steps"] == 12
+  assert written["objective"] == {"name": method, "beta": SMOKE.objective.beta}
+  assert written["train"]["total_steps"] == STEPS
 
 
 def test_dpo_begins_at_log_two(workdir):
@@ -197,10 +201,11 @@ def test_both_methods_saw_as_many_images(workdir):
 
 def test_one_cache_serves_both(workdir):
   manifest = json.loads((workdir / "cache" / "manifest.json").read_text("utf-8"))
-  assert manifest["counts"]["images"] == 200 and manifest["counts"]["bad_images"] == 0
+  assert manifest["counts"]["images"] == WORLD.sessions * WORLD.images_per_session
+  assert manifest["counts"]["bad_images"] == 0
   assert manifest["moments"]["shape"] == [8, 8, 8]
   assert manifest["preprocessing"]["resolution"] == 32
-  assert len(list((workdir / "cache").glob("lists-*.npz"))) == 2
+  assert len(list((workdir / "cache").glob("lists-*.npz"))) == len(METHODS)
   assert (workdir / "cache" / "bad_images.jsonl").read_text() == ""
 
 
@@ -209,12 +214,12 @@ def test_diffusers_draws_what_we_draw(workdir):
   import diffusers
 
   torch.set_num_threads(2)
-  folder = workdir / "lpo" / "export"
+  folder = workdir / WORLD.publish / "export"
   pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
   pipeline.set_progress_bar_config(disable=True)
   assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
   prompts, seeds = ["seven written by hand", "a handwritten two"], [3, 4]
-  settings = {"steps": 6, "guidance_scale": 2.0}
+  settings = {name: SMOKE.eval[name] for name in ("steps", "guidance_scale")}
   mesh = parallel.make_mesh()
   generator = generation.Generator(folder, mesh=mesh, batch_size=2, **settings)
   params = parallel.put(
@@ -227,7 +232,7 @@ def test_diffusers_draws_what_we_draw(workdir):
     prompts,
     num_inference_steps=settings["steps"],
     guidance_scale=settings["guidance_scale"],
-    latents=torch.from_numpy(latents.transpose(0, 3, 1, 2)),
+    latents=torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()),
     output_type="np",
   ).images
   theirs = np.round(theirs * 255).astype(np.int32)
@@ -237,14 +242,14 @@ def test_diffusers_draws_what_we_draw(workdir):
 
 
 def test_the_export_is_not_the_base(workdir):
-  config = json.loads((workdir / "lpo" / "config.json").read_text("utf-8"))
+  config = json.loads((workdir / WORLD.publish / "config.json").read_text("utf-8"))
   base = pretrained.load(config["model"]["path"], "unet").params
-  tuned = pretrained.load(workdir / "lpo" / "export", "unet").params
+  tuned = pretrained.load(workdir / WORLD.publish / "export", "unet").params
   assert not np.array_equal(base["conv_out"]["kernel"], tuned["conv_out"]["kernel"])
   for name in ("vae", "text_encoder"):
     prints = [
       pretrained.fingerprint(folder, name)
-      for folder in (config["model"]["path"], workdir / "lpo" / "export")
+      for folder in (config["model"]["path"], workdir / WORLD.publish / "export")
     ]
     assert prints[0] == prints[1]
 
@@ -261,7 +266,7 @@ def test_the_second_time_nothing_is_redone(first, workdir):
   assert done.returncode == 0, done.stdout + done.stderr
   assert "judgements are there" in done.stdout
   assert "cache is up to date" in done.stdout
-  assert done.stdout.count("already trained to step 12") == 2
+  assert done.stdout.count(f"already trained to step {STEPS}") == len(METHODS)
   assert "compiling" not in done.stdout and "drawing" not in done.stdout
   assert before == {name: (workdir / name).stat().st_mtime_ns for name in kept}
   # The report is written again, from the same figures.
@@ -283,7 +288,7 @@ def test_another_world_in_the_same_place_is_refused(workdir):
     text=True,
   )
   assert done.returncode == 2
-  assert "quickstart.temperature was 0.5, is 9.0" in done.stderr
+  assert f"quickstart.temperature was {WORLD.temperature}, is 9.0" in done.stderr
   assert "another --workdir" in done.stderr
 
 
@@ -473,6 +478,28 @@ def test_another_run_in_the_same_workdir(tiny_cache, tmp_path):
   assert (
     tiny_cache.run(tmp_path, *settings, "train.keep_last=3", "eval.steps=3").code == 0
   )
+
+
+def test_an_export_of_a_half_precision_pipeline_fits_together(tiny_cache, tmp_path):
+  """A half text encoder beside an fp32 UNet would fail at diffusers' first prompt."""
+  half = tmp_path / "half"
+  parts = {
+    name: pretrained.load(tiny_cache.pipeline, name)
+    for name in ("unet", "vae", "text_encoder")
+  }
+  pretrained.save_pipeline(tiny_cache.pipeline, half, parts, dtype=np.float16)
+  # The shared cache is of other weights by their fingerprints.
+  settings = (f"model.path={half}", "train.total_steps=1", f"data.cache={half}/cache")
+  for job in ("cache", "train", "export"):
+    outcome = tiny_cache.run(tmp_path, *settings, job=job)
+    assert outcome.code == 0, outcome.text
+  assert "diffusers predicts the same" in outcome.text
+  for name in ("unet", "text_encoder"):
+    part = pretrained.load(tmp_path / "export", name, dtype=None)
+    assert {str(x.dtype) for x in jax.tree.leaves(part.params)} == {"float32"}
+  half_text = pretrained.load(half, "text_encoder").params
+  text = pretrained.load(tmp_path / "export", "text_encoder").params
+  assert jax.tree.all(jax.tree.map(np.array_equal, text, half_text))
 
 
 @pytest.fixture

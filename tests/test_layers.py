@@ -152,7 +152,9 @@ def test_the_step_runs_without_the_worlds_edges():
 def test_no_module_is_called_after_nothing():
   # A name that says nothing collects everything.
   word = "util"
-  bad = [n for n in MODULES if set(n.split(".")) & {word, word + "s", "helpers", "misc"}]
+  bad = [
+    n for n in MODULES if set(n.split(".")) & {word, word + "s", "helpers", "misc"}
+  ]
   assert not bad
 
 

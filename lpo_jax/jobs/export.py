@@ -48,12 +48,29 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     shutil.rmtree(target)
   parallel.barrier("export cleared")
   if config.export.kind == "pipeline":
-    pretrained.save_pipeline(config.model.path, target, {"unet": part})
+    parts = {"unet": part, **widened_text_encoders(config.model.path)}
+    pretrained.save_pipeline(config.model.path, target, parts)
   else:
     pretrained.save(target, part)
   checked = compare(target, part)
   console.say(f"exported step {step} to {target}: {checked}")
   return {"path": str(target), "step": step, "checked": checked}
+
+
+def widened_text_encoders(path: str) -> dict[str, pretrained.Part]:
+  """The text encoders that are not stored in fp32, in fp32 like the trained UNet.
+
+  transformers keeps the precision of the file and diffusers does not: a half text encoder
+  beside an fp32 UNet loads, and then fails at the first prompt.
+  """
+  parts = {}
+  for name in ("text_encoder", "text_encoder_2"):
+    if (pathlib.Path(path) / name).is_dir():
+      part = pretrained.load(path, name, dtype=None)
+      if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(part.params)):
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), part.params)
+        parts[name] = dataclasses.replace(part, params=wide)
+  return parts
 
 
 def _is_our_export(target: pathlib.Path) -> bool:

@@ -211,7 +211,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Pat
     workdir: gets the intermediate folders and the result.
 
   Returns:
-    The folder of the finished pipeline, weights in fp16.
+    The folder of the finished pipeline, UNet and VAE in fp16.
   """
   base, blank = config.quickstart.base, workdir / "blank"
   images, _ = digits.real_digits()
@@ -233,7 +233,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Pat
   exported = export.run(own, workdir)
   target = workdir / "digits_base"
   shutil.rmtree(target, ignore_errors=True)
-  names = ("unet", "vae", "text_encoder")
+  names = ("unet", "vae")  # transformers would keep a text encoder in half precision
   parts = {name: pretrained.load(exported["path"], name) for name in names}
   pretrained.save_pipeline(exported["path"], target, parts, dtype=jnp.float16)
   legible = share_legible(own, target)
@@ -271,7 +271,7 @@ pipeline_tag: text-to-image
 
 A small Stable-Diffusion-shaped pipeline (UNet2DConditionModel, AutoencoderKL, CLIP text
 encoder) that draws handwritten digits at {digits.SIZE} x {digits.SIZE} from prompts such as
-"{config.eval.prompts[7]}". Weights are fp16.
+"{config.eval.prompts[7]}". UNet and VAE are stored in fp16.
 
 Made from the 1,797 real digits that come with scikit-learn (UCI ML hand-written digits,
 CC BY 4.0; Alpaydin and Kaynak 1998) by
