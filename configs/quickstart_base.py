@@ -1,6 +1,6 @@
 """The quickstart's base model: real digits, an autoencoder, a UNet by `sft`.
 
-Reproduces lpo_jax/assets/digits_base, the 2 MB pipeline that ships:
+Reproduces lpo_jax/assets/digits_base, the 3 MB pipeline that ships:
 
   python -m lpo_jax.main --config configs/quickstart_base.py --workdir runs/quickstart_base
 

@@ -313,6 +313,7 @@ def _loop(
   """Runs updates until the end or a reason to stop."""
   train, began = config.train, time.monotonic()
   stop = StopRequests(workdir, max_minutes=train.max_minutes, began=began)
+  samples = RunSamples(config, workdir, mesh) if config.eval.every else None
   step = int(state.step)
   position = batches.get_state()
   batch = parallel.global_batch(mesh, next(batches))
@@ -335,7 +336,6 @@ def _loop(
     report.flush()  # a NaN of the last step stops the run before it is saved
     checkpoints.save(state, {"data": position})
 
-  samples = RunSamples(config, workdir, mesh) if config.eval.every else None
   with stop:
     while step < train.total_steps:
       state, metrics = compiled(state, ref_params, batch)

@@ -276,14 +276,24 @@ def test_adafactors_first_update_by_hand():
   )
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0, 0.0])
-def test_no_clipping(clip_norm):
-  params = {"kernel": np.zeros(2, np.float32)}
-  tx = optimizer.build("adamw", params, learning_rate=0.1, clip_norm=clip_norm)
-  gradient = {"kernel": np.float32([300.0, 400.0])}
-  _, slots = tx.update(gradient, tx.init(params), params)
+@pytest.mark.parametrize(
+  ("clip_norm", "kept"),
+  [(1.0, 0.2), (4.0, 0.8), (5.0, 1.0), (9.0, 1.0), (None, 1.0), (0, 1.0), (0.0, 1.0)],
+)
+def test_what_is_trained_is_clipped_before_the_optimizer_sees_it(clip_norm, kept):
+  params = {"kernel": np.zeros(2, np.float32), "frozen": np.zeros(2, np.float32)}
+  tx = optimizer.build(
+    "adamw",
+    params,
+    learning_rate=0.1,
+    clip_norm=clip_norm,
+    trainable_rules=[("frozen", False), (".*", True)],
+  )
+  gradient = {"kernel": np.float32([3, -4]), "frozen": np.float32([100, 100])}
+  updates, slots = tx.update(gradient, tx.init(params), params)
   mu = next(x for n, x in trees.named_leaves(slots).items() if n.endswith("mu.kernel"))
-  np.testing.assert_allclose(mu, [30.0, 40.0], rtol=1e-5)
+  np.testing.assert_allclose(mu, 0.1 * kept * gradient["kernel"], rtol=1e-5)
+  assert not updates["frozen"].any()
 
 
 def broken(batch):
