@@ -16,6 +16,7 @@ make_environment() {
   echo "installing lpo_jax and what it needs into $VENV (a minute or two)" >&2
   [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV"
   "$VENV/bin/python" -m pip install --quiet --upgrade pip
-  "$VENV/bin/python" -m pip install --quiet --editable "$@"
+  # setuptools greets every editable install with a warning that is not for users.
+  PYTHONWARNINGS=ignore "$VENV/bin/python" -m pip install --quiet --editable "$@"
   touch "$stamp"
 }
