@@ -40,11 +40,12 @@ def get_config(size: str = ""):
       "publish": "lpo",  # the method whose model is exported
       # What differs between the methods; all else is shared, images above all.
       "methods": {
-        "lpo": {"objective": {"name": "lpo"}, "data": {"strategy": "paths"}},
+        "lpo": {"objective": {"name": "lpo"}},
         "dpo": {"objective": {"name": "dpo"}, "data": {"strategy": "pairs"}},
       },
     }
   config.data.resolution = digits.SIZE
+  config.data.strategy = "paths"  # as the Diffusion-LPO paper builds its lists
   config.data.max_list_size = 8
   config.data.caption_dropout = 0.1
   config.objective.beta = 2000.0  # Diffusion-DPO's SD1.5 value, code units

@@ -51,7 +51,7 @@ class Progress:
 
     self.label, self.total, self.unit = label, total, unit
     self._start, self._done = start, start
-    self._began = self._printed = time.monotonic()
+    self._began = self._printed = self._updated = time.monotonic()
     self._quiet = jax.process_index() != 0
     self._live = sys.stderr.isatty()
     self._width = 0
@@ -74,7 +74,7 @@ class Progress:
   def update(self, done: int, **values: Any) -> None:
     """Says that `done` of the total are finished; prints when it is time to."""
     self._done = done
-    now = time.monotonic()
+    now = self._updated = time.monotonic()
     interval = 0.2 if self._live else LOG_EVERY_S
     if self._quiet or (done < self.total and now - self._printed < interval):
       return
@@ -87,6 +87,12 @@ class Progress:
       self._width = len(line)
     else:
       print(line, flush=True)
+
+  def skip_pause(self) -> None:
+    """Leaves out of speed and remaining time what happened since the last update."""
+    now = time.monotonic()
+    self._began += now - self._updated
+    self._updated = now
 
   def interrupt(self) -> None:
     """Leaves the live line, so that what is printed next starts on its own."""

@@ -231,6 +231,8 @@ def _prepare(workdir: pathlib.Path) -> None:
   from lpo_jax import parallel
 
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  # transformers regrets at every start that there is no torch; tokenizers need none.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as e:

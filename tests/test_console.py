@@ -99,3 +99,17 @@ def test_say_and_warn(capsys):
   console.say("hello")
   console.warn("mind")
   assert capsys.readouterr().out == "hello\nwarning: mind\n"
+
+
+def test_a_pause_counts_for_neither_speed_nor_duration(time):
+  progress = console.Progress("training", 4, "steps")
+  time.now += 30  # compiling
+  progress.skip_pause()
+  time.now += 2
+  progress.update(1)
+  assert progress.line() == "training  1/4 steps  ·  ETA 0:06"
+  time.now += 50  # drawing samples
+  progress.skip_pause()
+  time.now += 6
+  progress.update(4)
+  assert progress.line() == "training  4/4 steps  ·  done in 0:08"

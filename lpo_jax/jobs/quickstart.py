@@ -88,7 +88,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       timings=stages.seconds,
       exported=exported,
     )
-    console.say(f"\nreport:  {workdir / 'report.html'}")
+    console.say(f"\ndone in {console.clock(sum(stages.seconds.values()))}")
+    console.say(f"report:  {workdir / 'report.html'}")
     console.say(f"figures: {workdir / 'summary.json'}")
     console.say(f"model:   {exported['path']} (a diffusers folder)")
 

@@ -99,6 +99,7 @@ class Report:
 
   def restart_clock(self) -> None:
     """Leaves out of images/s what just happened (a compilation, an evaluation)."""
+    self._progress.skip_pause()
     self.flush()
     self._clock, self._waited = time.perf_counter(), 0.0
     self._clock_step = self._written
