@@ -52,7 +52,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       f"quickstart.make={config.quickstart.make!r}: expected 'report' or 'base'."
     )
   world = config.quickstart
-  base = base_folder(config, workdir)
+  base = base_folder(config)
   for method in world.methods:
     own = method_config(config, workdir, method)
     own.model.path = str(base)
@@ -115,10 +115,8 @@ class Stages:
       self._file.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
 
 
-def base_folder(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> pathlib.Path:
-  """Returns the base pipeline: the config's, a rebuilt one, or the one that ships."""
+def base_folder(config: ml_collections.ConfigDict) -> pathlib.Path:
+  """Returns the base pipeline: the config's, or the one that ships."""
   if config.model.path:
     return pathlib.Path(config.model.path)
   if not SHIPPED_BASE.is_dir():

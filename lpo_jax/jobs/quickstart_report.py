@@ -96,7 +96,7 @@ def summary(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
   base = find(rows, methods[0], "base", LEGIBILITY)["mean_baseline"]
   said = [
     "A small Stable-Diffusion-shaped model drew handwritten digits. Simulated people, "
-    "who like bold and upright strokes, compared its drawings two at a time. The model "
+    "who like upright and bold strokes, compared its drawings two at a time. The model "
     "was then fine-tuned on these judgements, and drew again for phrasings and seeds "
     f"that training never met. An independent reader recognises {percent(base)} of the "
     "base model's digits."

@@ -50,7 +50,7 @@ SCORERS: dict[str, Scorer] = {
   for scorer in (
     Scorer(
       "digits_taste",
-      "What the simulated annotators like: bold, upright strokes, in units of the "
+      "What the simulated annotators like: upright strokes, and bold ones, in units of the "
       "spread among real digits.",
       digits.taste,
     ),
