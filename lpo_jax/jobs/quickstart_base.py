@@ -21,6 +21,7 @@ import optax
 
 from lpo_jax import console, models, parallel, pretrained, trees
 from lpo_jax.jobs import cache, evaluate, export, sampling, train
+from lpo_jax.jobs.quickstart_people import encode_png
 from lpo_jax.scoring import digits
 from lpo_jax.types import Params
 
@@ -175,26 +176,18 @@ def train_autoencoder(
 
 def write_images(path: pathlib.Path, *, seed: int) -> None:
   """Writes the real digits as canonical lists of one image, each with a prompt."""
-  import io
-
   import pyarrow as pa
-  from PIL import Image
   from pyarrow import parquet
 
   images, labels = digits.real_digits()
   phrases = (*digits.TRAIN_PHRASES, *digits.HELD_OUT_PHRASES)
   chosen = np.random.default_rng(seed).integers(len(phrases), size=len(images))
-  encoded = []
-  for image in images:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    encoded.append(buffer.getvalue())
   rows = {
     "prompt": [
       phrases[p].format(digits.NAMES[label])
       for p, label in zip(chosen, labels, strict=True)
     ],
-    "images": [[data] for data in encoded],
+    "images": [[encode_png(image)] for image in images],
     "image_uids": [[f"digit-{i:04d}"] for i in range(len(images))],
     "ranks": [[0]] * len(images),
   }

@@ -80,6 +80,15 @@ def judge(
   return made
 
 
+def encode_png(image: np.ndarray) -> bytes:
+  """Returns [H, W, 3] uint8 as PNG bytes: lossless, and Pick-a-Pic has PNGs too."""
+  from PIL import Image
+
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, format="PNG")
+  return buffer.getvalue()
+
+
 def write_parquet(
   path: pathlib.Path,
   judgements: Sequence[Judgement],
@@ -97,14 +106,7 @@ def write_parquet(
     prompts: [n] the prompt of each image.
     model: the generator's name.
   """
-  from PIL import Image
-
-  def encode(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")  # like v2, where not all are JPEG
-    return buffer.getvalue()
-
-  encoded = [encode(image) for image in images]
+  encoded = [encode_png(image) for image in images]
   uids = [f"quickstart-{i:05d}" for i in range(len(images))]
   partial = path.with_suffix(".partial")
   sources.write_pickapic(

@@ -347,8 +347,7 @@ def _loop(
         batch = parallel.global_batch(mesh, next(batches))
         report.data_wait(time.perf_counter() - waiting)
       if samples and step % config.eval.every == 0:
-        published = state.params if state.ema is None else state.ema
-        report.image("samples", samples.draw(published, step), step)
+        report.image("samples", samples.draw(state.published, step), step)
         report.restart_clock()
       reason = stop.reason(step)
       if reason or step == train.total_steps or step % train.checkpoint_every == 0:
@@ -441,8 +440,7 @@ def trained_params(
     state, _ = checkpoints.restore(make_plan(config, mesh).like, step)
   finally:
     checkpoints.close()
-  params = state.params if state.ema is None else state.ema
-  return params, int(state.step)
+  return state.published, int(state.step)
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:

@@ -50,8 +50,8 @@ SCORERS: dict[str, Scorer] = {
   for scorer in (
     Scorer(
       "digits_taste",
-      "What the simulated annotators like: upright strokes, and bold ones, in units of the "
-      "spread among real digits.",
+      "What the simulated annotators like: upright strokes, and bold ones, in units of "
+      "the spread among real digits.",
       digits.taste,
     ),
     Scorer(

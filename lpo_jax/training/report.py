@@ -55,7 +55,7 @@ class Report:
     self._on_nonfinite = on_nonfinite
     self._total = total_steps
     self._progress = console.Progress(label, total_steps, "steps", start=start_step)
-    self._pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
+    self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self._clock, self._clock_step = time.perf_counter(), start_step
     self._waited, self._written = 0.0, start_step
     self.skipped, self._in_a_row = 0, 0
@@ -82,7 +82,7 @@ class Report:
     Raises:
       NonFiniteLoss: the step before had a NaN and the policy is "stop", or too many had.
     """
-    pending, self._pending = self._pending, (step, metrics, {})
+    pending, self._pending = self._pending, (step, metrics)
     if pending is not None:
       self._write(*pending)
 
@@ -104,7 +104,7 @@ class Report:
     self._clock, self._waited = time.perf_counter(), 0.0
     self._clock_step = self._written
 
-  def _write(self, step: int, metrics: dict[str, jax.Array], extra: dict) -> None:
+  def _write(self, step: int, metrics: dict[str, jax.Array]) -> None:
     values = {name: float(x) for name, x in parallel.fetch(metrics).items()}
     watched = ("loss", "grad_norm")
     bad = [n for n in watched if n in values and not math.isfinite(values[n])]
@@ -121,7 +121,7 @@ class Report:
       values["data_wait_share"] = min(self._waited / max(elapsed, 1e-9), 1.0)
       self._clock, self._clock_step, self._waited = now, step, 0.0
       self.last = values
-      self._record(step, {**values, **extra})
+      self._record(step, values)
     if bad and self._on_nonfinite == "stop":
       raise NonFiniteLoss(
         f"{bad[0]} became {values[bad[0]]} at step {step}. The last checkpoint is from "

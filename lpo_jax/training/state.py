@@ -32,6 +32,11 @@ class TrainState:
   opt_state: Any
   ema: Params | None
 
+  @property
+  def published(self) -> Params:
+    """What the run draws with and exports: the running mean where there is one."""
+    return self.params if self.ema is None else self.ema
+
 
 def create(
   params: Params, optimizer: optax.GradientTransformation, *, with_ema: bool
