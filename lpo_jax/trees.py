@@ -28,6 +28,36 @@ def named_leaves(tree: Any) -> dict[str, Any]:
   return {leaf_name(path): leaf for path, leaf in leaves}
 
 
+# Stands in a name for the number of a block, where equal blocks are stacked in one
+# array whose first axis is the block.
+EACH = "each"
+
+
+def is_stacked(name: str) -> bool:
+  """Whether the first axis of a parameter is the block of a stack."""
+  return EACH in name.split(".")
+
+
+def block_names(name: str, shape: Sequence[int]) -> list[str]:
+  """Returns the name of each block of a stack; that of any other parameter as it is.
+
+  Args:
+    name: dotted, of a parameter or of a module in which it lies.
+    shape: of the parameter.
+
+  >>> block_names("layers.each.bias", (2, 8))
+  ['layers.0.bias', 'layers.1.bias']
+  """
+  if not is_stacked(name):
+    return [name]
+  words = name.split(".")
+  place = words.index(EACH)
+  return [
+    ".".join([*words[:place], str(block), *words[place + 1 :]])
+    for block in range(shape[0])
+  ]
+
+
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   """Maps ``fn(name, leaf, *other_leaves)`` over trees of equal structure."""
   return jax.tree_util.tree_map_with_path(

@@ -297,7 +297,7 @@ assert any(not leaf.is_fully_replicated for leaf in split.values())
 """
   )
   env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-  env["PYTHONPATH"] = str(pathlib.Path(pretrained.__file__).parents[1])
+  env["PYTHONPATH"] = str(pathlib.Path(pretrained.__file__).parents[2])
   subprocess.run([sys.executable, script, folder], check=True, env=env, timeout=120)
 
 

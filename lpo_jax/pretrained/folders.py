@@ -1,4 +1,4 @@
-"""Folders of diffusers and transformers <-> parameter trees: the one name table."""
+"""Whole networks and pipelines, in and out of folders."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import pathlib
 import re
@@ -20,46 +19,15 @@ import numpy as np
 
 from lpo_jax import models, parallel, trees
 from lpo_jax.errors import UserError, nearest
+from lpo_jax.pretrained import names, tensors
 from lpo_jax.types import Params
 
 Path = str | os.PathLike
 Sharding = jax.sharding.Sharding
 Placement = Callable[[str, tuple[int, ...]], Sharding] | Mapping[Any, Any] | None
 
-# The last word of a name, here -> in the file. All other words are the same.
-SUFFIXES = {
-  "kernel": "weight",
-  "scale": "weight",
-  "embedding": "weight",
-  "bias": "bias",
-}
-
-# Which axis of the file each of our axes is, by rank: torch holds OIHW and [out, in].
-KERNEL_AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
-
-# Names that older files have -> the names of today, by class.
-OLD_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
-  "AutoencoderKL": (
-    (r"(\.attentions\.\d+)\.query\.", r"\1.to_q."),
-    (r"(\.attentions\.\d+)\.key\.", r"\1.to_k."),
-    (r"(\.attentions\.\d+)\.value\.", r"\1.to_v."),
-    (r"(\.attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
-  ),
-  "CLIPTextModel": ((r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),),
-  "CLIPTextModelWithProjection": (),
-}
-# Constants that older versions of transformers stored.
-IGNORED = re.compile(r"(^|\.)position_ids$")
-
 # Stem of the weights' file, by whether the config is one of diffusers.
 STEMS = {True: "diffusion_pytorch_model", False: "model"}
-
-DTYPES = {
-  "float64": "F64",
-  "float32": "F32",
-  "float16": "F16",
-  "bfloat16": "BF16",
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,28 +57,6 @@ class Part:
   def decode(self, params: Params, latents: jax.Array) -> jax.Array:
     """Latents to images; see `models.vae.VAE.decode`."""
     return self.model.decode(params, latents)
-
-
-def file_name(name: str) -> str:
-  """Returns the tensor's name in a file, for a parameter's dotted name.
-
-  >>> file_name("down_blocks.0.resnets.1.conv1.kernel")
-  'down_blocks.0.resnets.1.conv1.weight'
-  """
-  parent, _, kind = name.rpartition(".")
-  return f"{parent}.{SUFFIXES[kind]}"
-
-
-def _axes(name: str, rank: int) -> tuple[int, ...]:
-  """Which axis of the file each axis of the parameter is."""
-  if name.endswith(".kernel"):
-    return KERNEL_AXES[rank]
-  return tuple(range(rank))
-
-
-def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  axes = _axes(name, len(shape))
-  return tuple(shape[axes.index(axis)] for axis in range(len(shape)))
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -178,63 +124,25 @@ def _weight_files(
   raise UserError(f"{looked}; neither is there.")
 
 
-class _Weights:
-  """The tensors of one network by today's names, read only when asked for."""
-
-  def __init__(self, files: list[pathlib.Path], kind: str, stack: contextlib.ExitStack):
-    from safetensors import SafetensorError, safe_open
-
-    self.sources: dict[str, tuple[Any, str]] = {}
-    for path in files:
-      try:
-        handle = stack.enter_context(safe_open(path, framework="numpy"))
-      except SafetensorError as error:
-        raise UserError(
-          f"{path} is not a readable safetensors file ({error}). It may be cut short, "
-          "or a git-lfs pointer: fetch it again."
-        ) from None
-      for old in handle.keys():  # noqa: SIM118 (not a dict)
-        if not IGNORED.search(old):
-          self.sources[_todays_name(old, kind)] = (handle, old)
-
-  def names(self) -> list[str]:
-    return sorted(self.sources)
-
-  def slices(self, name: str) -> Any:
-    handle, old = self.sources[name]
-    return handle.get_slice(old)
-
-  def shape(self, name: str) -> tuple[int, ...]:
-    return tuple(self.slices(name).get_shape())
-
-  def array(self, name: str) -> np.ndarray:
-    handle, old = self.sources[name]
-    return handle.get_tensor(old)
-
-
-def _todays_name(old: str, kind: str) -> str:
-  for pattern, replacement in OLD_NAMES.get(kind, ()):
-    old = re.sub(pattern, replacement, old)
-  return old
-
-
 @contextlib.contextmanager
 def _open(
   folder: Path, name: str, variant: str | None
-) -> Iterator[tuple[dict[str, Any], _Weights]]:
+) -> Iterator[tuple[dict[str, Any], tensors.Weights]]:
   component = _component(folder, name)
   config = _read_json(component / "config.json")
   kind = models.class_name(config)
   with contextlib.ExitStack() as stack:
     files = _weight_files(component, config, variant)
-    yield config, _Weights(files, kind, stack)
+    yield config, tensors.Weights(files, kind, stack)
 
 
-def _check(weights: _Weights, model: models.Model, where: str) -> None:
+def _check(weights: tensors.Weights, model: models.Model, where: str) -> None:
   """Refuses weights that are not exactly those of the model."""
   shapes = {
-    file_name(name): _file_shape(name, leaf.shape)
+    tensor: stored.shape
     for name, leaf in model.named_shapes().items()
+    for stored in (names.stored(name, leaf.shape),)
+    for tensor in stored.names
   }
   here = set(weights.names())
   missing = sorted(shapes.keys() - here)
@@ -265,26 +173,31 @@ def _check(weights: _Weights, model: models.Model, where: str) -> None:
 
 
 def _read(
-  weights: _Weights, name: str, shape: tuple[int, ...], dtype: Any, place: Any
+  weights: tensors.Weights, name: str, shape: tuple[int, ...], dtype: Any, place: Any
 ) -> jax.Array:
   """Reads one parameter: whole, or only the slices that this process's devices hold."""
-  source = file_name(name)
-  axes = _axes(name, len(shape))
+  stored = names.stored(name, shape)
 
-  def ours(array: np.ndarray) -> np.ndarray:
-    array = np.ascontiguousarray(array.transpose(axes))
-    return array if dtype is None else array.astype(dtype)
+  def ours(arrays: list[np.ndarray]) -> np.ndarray:
+    arrays = [stored.from_file(array) for array in arrays]
+    array = np.stack(arrays) if stored.is_stacked else arrays[0]
+    return array if dtype is None else array.astype(dtype, copy=False)
 
   if place is None:
-    return jnp.asarray(ours(weights.array(source)))
+    return jnp.asarray(ours([weights.array(tensor) for tensor in stored.names]))
 
   pieces: dict[tuple, np.ndarray] = {}  # devices often hold the same piece
 
   def piece(index: tuple[slice, ...]) -> np.ndarray:
     bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
     if bounds not in pieces:
-      wanted = [slice(*bounds[axes.index(axis)]) for axis in range(len(shape))]
-      pieces[bounds] = ours(weights.slices(source)[tuple(wanted)])
+      blocks, inner = slice(None), bounds
+      if stored.is_stacked:
+        blocks, inner = slice(*bounds[0]), bounds[1:]
+      wanted = tuple(slice(*inner[axis]) for axis in np.argsort(stored.axes))
+      pieces[bounds] = ours(
+        [weights.slices(tensor)[wanted] for tensor in stored.names[blocks]]
+      )
     return pieces[bounds]
 
   return jax.make_array_from_callback(shape, place, piece)
@@ -358,15 +271,25 @@ def save(folder: Path, part: Part, *, dtype: Any = None) -> None:
   """
   target = pathlib.Path(folder) / part.name
   leaves = trees.named_leaves(part.params)
-  names = {file_name(name): name for name in leaves}
   kinds = {name: jnp.dtype(dtype or leaf.dtype).name for name, leaf in leaves.items()}
-  _write_safetensors(
+  homes = {
+    tensor: (name, block, stored)
+    for name, leaf in leaves.items()
+    for stored in (names.stored(name, leaf.shape),)
+    for block, tensor in enumerate(stored.names)
+  }
+
+  def read(tensor: str) -> np.ndarray:
+    name, block, stored = homes[tensor]
+    leaf = _take_block(leaves[name], block) if stored.is_stacked else leaves[name]
+    return stored.to_file(parallel.fetch(leaf).astype(jnp.dtype(kinds[name])))
+
+  tensors.write(
     target / f"{STEMS['_class_name' in part.config]}.safetensors",
     {
-      there: (kinds[here], _file_shape(here, leaves[here].shape))
-      for there, here in names.items()
+      tensor: (kinds[name], stored.shape) for tensor, (name, _, stored) in homes.items()
     },
-    lambda there: _to_file(names[there], leaves[names[there]], kinds[names[there]]),
+    read,
   )
   config = dict(part.config)
   for field in ("dtype", "torch_dtype"):
@@ -375,73 +298,19 @@ def save(folder: Path, part: Part, *, dtype: Any = None) -> None:
       config[field] = next(iter(kinds.values()))
   text = json.dumps(config, indent=2, sort_keys=True) + "\n"
   if parallel.is_main_process():
-    with _replacing(target / "config.json") as path:
+    with tensors.replacing(target / "config.json") as path:
       path.write_text(text)
   parallel.barrier(f"saved {part.name}")
 
 
-def _to_file(name: str, leaf: Any, dtype: str) -> np.ndarray:
-  """Brings one parameter to this host, in the file's layout."""
-  array = parallel.fetch(leaf)
-  axes = _axes(name, array.ndim)
-  array = array.transpose([axes.index(axis) for axis in range(array.ndim)])
-  return np.ascontiguousarray(array.astype(jnp.dtype(dtype)))
+def _take_block(leaf: Any, block: int) -> Any:
+  """Takes one block of a stack, on the devices that hold it."""
+  if isinstance(leaf, np.ndarray):
+    return leaf[block]
+  return _index(leaf, block)
 
 
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a file to write that takes `path`'s place when it is complete."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.partial")
-  try:
-    yield partial
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
-
-
-def _write_safetensors(
-  path: pathlib.Path,
-  entries: Mapping[str, tuple[str, tuple[int, ...]]],
-  read: Callable[[str], np.ndarray],
-) -> None:
-  """Writes tensors one at a time, so that no second copy of the model is in memory.
-
-  The order is that of the safetensors library: wide types first, then by name.
-
-  Args:
-    path: the file.
-    entries: (dtype, shape) by tensor name.
-    read: gives a tensor when its turn has come.
-  """
-
-  def size(name: str) -> int:
-    return jnp.dtype(entries[name][0]).itemsize
-
-  order = sorted(entries, key=lambda name: (-size(name), name))
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-  offset = 0
-  for name in order:
-    dtype, shape = entries[name]
-    end = offset + size(name) * math.prod(shape)
-    header[name] = {
-      "dtype": DTYPES[dtype],
-      "shape": list(shape),
-      "data_offsets": [offset, end],
-    }
-    offset = end
-  head = json.dumps(header, separators=(",", ":")).encode()
-  head += b" " * (-len(head) % 8)
-
-  if not parallel.is_main_process():
-    for name in order:
-      read(name)  # takes part in the gathering
-    return
-  with _replacing(path) as partial, open(partial, "wb") as file:
-    file.write(len(head).to_bytes(8, "little"))
-    file.write(head)
-    for name in order:
-      file.write(read(name).tobytes())
+_index = jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False))
 
 
 def save_pipeline(
@@ -540,68 +409,3 @@ def scheduler_config(folder: Path) -> dict[str, Any]:
     UserError: there is no such file.
   """
   return _read_json(pathlib.Path(folder) / "scheduler" / "scheduler_config.json")
-
-
-class Tokenizer:
-  """Turns prompts into token ids, padded and cut as the model was trained.
-
-  Attributes:
-    max_length: tokens per prompt, start and end included.
-    pad_token_id: what prompts are padded with; not the same for all models.
-    truncated: how many prompts so far were longer and lost their end.
-  """
-
-  def __init__(self, tokenizer: Any):
-    self._tokenizer = tokenizer
-    self.max_length: int = tokenizer.model_max_length
-    self.pad_token_id: int = tokenizer.pad_token_id
-    self.truncated = 0
-
-  def tokenize(self, prompts: list[str]) -> np.ndarray:
-    """Returns the ids of prompts.
-
-    Args:
-      prompts: N texts.
-
-    Returns:
-      [N, max_length] int32.
-    """
-    if not prompts:
-      return np.zeros((0, self.max_length), np.int32)
-    encoded = self._tokenizer(
-      prompts, padding="max_length", truncation=True, max_length=self.max_length
-    )
-    for prompt, mask in zip(prompts, encoded["attention_mask"]):
-      if all(mask):  # full, so perhaps cut
-        whole = self._tokenizer(prompt, verbose=False)["input_ids"]
-        self.truncated += len(whole) > self.max_length
-    return np.asarray(encoded["input_ids"], np.int32)
-
-
-def load_tokenizer(folder: Path, subfolder: str = "tokenizer") -> Tokenizer:
-  """Reads a pipeline's CLIP tokenizer from its own files, without torch.
-
-  Args:
-    folder: a pipeline folder.
-    subfolder: "tokenizer" or "tokenizer_2".
-
-  Raises:
-    UserError: the folder or its files are not there, or they give no length.
-  """
-  path = pathlib.Path(folder) / subfolder
-  raw = (path / "vocab.json").is_file() and (path / "merges.txt").is_file()
-  if not raw and not (path / "tokenizer.json").is_file():
-    raise UserError(
-      f"no tokenizer in {str(path)!r}: expected vocab.json and merges.txt, or "
-      "tokenizer.json."
-    )
-  from transformers import CLIPTokenizer
-
-  tokenizer = CLIPTokenizer.from_pretrained(str(path))
-  # What transformers gives when the files say nothing is about 1e30.
-  if tokenizer.model_max_length > 1_000_000:
-    raise UserError(
-      f"{path / 'tokenizer_config.json'} gives no model_max_length: add the number of "
-      "places of the text encoder (77 for CLIP)."
-    )
-  return Tokenizer(tokenizer)
