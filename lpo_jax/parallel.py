@@ -99,11 +99,11 @@ def by_slot(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def _fsdp_spec(shape: Sequence[int], size: int) -> PartitionSpec:
-  """Splits the largest dimension that `size` divides; replicates if there is none."""
+def _fsdp_spec(shape: Sequence[int], size: int, first: int = 0) -> PartitionSpec:
+  """Splits the largest dimension from `first` on that `size` divides, if there is one."""
   if size == 1 or int(np.prod(shape)) < SMALLEST_SHARDED:
     return PartitionSpec()
-  candidates = [i for i, n in enumerate(shape) if n % size == 0]
+  candidates = [i for i, n in enumerate(shape) if i >= first and n % size == 0]
   if not candidates:
     return PartitionSpec()
   axis = max(candidates, key=lambda i: (shape[i], i))
@@ -132,7 +132,9 @@ def param_shardings(
       raise UserError(
         f"partition rule for {name!r} says {rule!r}; expected 'fsdp' or 'replicate'."
       )
-    return NamedSharding(mesh, _fsdp_spec(leaf.shape, mesh.shape["fsdp"]))
+    # A stack is looped over: every turn needs one block of it on all devices.
+    first = int(trees.is_stacked(name))
+    return NamedSharding(mesh, _fsdp_spec(leaf.shape, mesh.shape["fsdp"], first))
 
   return trees.map_named(place, params, how)
 

@@ -48,6 +48,7 @@ def build(
   dtype: Any = jnp.float32,
   attention: str = "auto",
   remat: str = "none",
+  scan: str = "stacks",
 ) -> Model:
   """Derives a model's structure from its config, without parameters.
 
@@ -57,7 +58,8 @@ def build(
     dtype: of the activations; parameters are fp32 and so is the output. With float32,
       products are exact to fp32 on accelerators too, at several times the cost.
     attention: a name of `layers.ATTENTION`, or "auto".
-    remat: "none", "blocks" or "full".
+    remat: "none", "dots", "blocks" or "full"; see `Settings`.
+    scan: "stacks" (equal blocks in a row are one loop) or "none".
 
   Returns:
     A UNet with `.apply`, an autoencoder with `.encode` and `.decode`, or a text encoder
@@ -73,4 +75,4 @@ def build(
   if attention not in ("auto", *layers.ATTENTION):
     raise unknown_name("attention", attention, ["auto", *layers.ATTENTION])
   module = importlib.import_module(f"lpo_jax.models.{CLASSES[name]}")
-  return module.build(config, Settings(dtype, attention, remat))
+  return module.build(config, Settings(dtype, attention, remat, scan))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -16,9 +15,25 @@ from flax import nnx
 
 from lpo_jax import trees
 from lpo_jax.errors import UserError, nearest, unknown_name
-from lpo_jax.types import Params
+from lpo_jax.types import Array, Params
 
-REMAT = ("none", "blocks", "full")
+
+def _is_product(primitive: Any, *_: Any, **params: Any) -> bool:
+  # Attention's products have a batch (the heads): scores are too large to be kept.
+  if primitive is jax.lax.dot_general_p:
+    return not params["dimension_numbers"][1][0]
+  return primitive is jax.lax.conv_general_dilated_p
+
+
+# What the backward pass keeps of a block; the rest it computes again.
+KEPT = {
+  "blocks": jax.checkpoint_policies.nothing_saveable,
+  "dots": _is_product,
+}
+REMAT = ("none", *KEPT, "full")
+
+
+SCAN = ("stacks", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +44,29 @@ class Settings:
     dtype: of the activations. Norms, softmax, the time embedding and the last
       convolution are fp32 whatever it says.
     attention: a name of `layers.ATTENTION`.
-    remat: what the backward pass computes again instead of keeping: "none", "blocks"
-      (inside of every resnet and transformer block) or "full" (everything).
+    remat: what the backward pass computes again instead of keeping: "none", "dots" (of
+      every resnet and transformer block all but the results of its convolutions and
+      matrix products), "blocks" (all inside of them) or "full" (everything).
+    scan: whether equal blocks in a row are compiled once and looped over ("stacks"), or
+      each compiled for itself ("none"): more to compile, and nothing gained so far.
   """
 
   dtype: Any = jnp.float32
   attention: str = "auto"
   remat: str = "none"
+  scan: str = "stacks"
 
   def __post_init__(self):
     if self.remat not in REMAT:
       raise unknown_name("remat", self.remat, REMAT)
+    if self.scan not in SCAN:
+      raise unknown_name("scan", self.scan, SCAN)
 
   def block(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps the call of one block as `remat` asks."""
-    return jax.checkpoint(function) if self.remat == "blocks" else function
+    if self.remat not in KEPT:
+      return function
+    return jax.checkpoint(function, policy=KEPT[self.remat])
 
   def whole(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps the call of the whole model as `remat` asks."""
@@ -120,9 +143,18 @@ class Model:
     Returns:
       Nested dict of fp32 NumPy arrays.
     """
-    shapes = {name: leaf.shape for name, leaf in self.named_shapes().items()}
-    draw = functools.partial(_draw, shapes, seed)
-    return trees.map_named(lambda name, _: draw(name), self.abstract_params)
+    shapes = {
+      block: leaf.shape[1:] if trees.is_stacked(name) else leaf.shape
+      for name, leaf in self.named_shapes().items()
+      for block in trees.block_names(name, leaf.shape)
+    }
+
+    def draw(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+      blocks = trees.block_names(name, leaf.shape)
+      drawn = [_draw(shapes, seed, block) for block in blocks]
+      return np.stack(drawn) if trees.is_stacked(name) else drawn[0]
+
+    return trees.map_named(draw, self.abstract_params)
 
   def named_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the abstract parameters by dotted name."""
@@ -184,3 +216,46 @@ def resolve_config(
         "change what the model computes. Remove it from config.json if it does not."
       )
   return {name: config.get(name, default) for name, default in defaults.items()}
+
+
+class Stack(nnx.Module):
+  """Equal blocks in a row, their parameters stacked: one block's code for all of them.
+
+  The first axis of every parameter is the block; names have `trees.EACH` in the place
+  of its number.
+  """
+
+  def __init__(self, make: Callable[[], nnx.Module], depth: int, settings: Settings):
+    self.each = make()
+    for _, parameter in nnx.iter_graph(self.each):
+      if isinstance(parameter, nnx.Param):
+        shape = (depth, *parameter[...].shape)
+        parameter.set_value(jnp.zeros(shape, parameter[...].dtype))
+    self.settings = settings
+    self.depth = depth
+
+  def __call__(self, x: Array, *args: Any) -> Array:
+    """Runs the blocks one after the other.
+
+    Args:
+      x: what the first block takes and every block returns.
+      args: what every block takes besides.
+
+    Returns:
+      x after the last block.
+    """
+    return self._scan(lambda y: None, x, *args)[0]
+
+  def states(self, x: Array, *args: Any) -> Array:
+    """Runs the blocks, and returns what each of them returned: [depth, ...]."""
+    return self._scan(lambda y: y, x, *args)[1]
+
+  def _scan(self, kept: Callable[[Array], Any], x: Array, *args: Any) -> Any:
+    graphdef, params = nnx.split(self.each)
+
+    def body(x: Array, params: Any) -> tuple[Array, Any]:
+      y = self.settings.block(nnx.merge(graphdef, params).__call__)(x, *args)
+      return y, kept(y)
+
+    unroll = 1 if self.settings.scan == "stacks" else self.depth
+    return jax.lax.scan(body, x, params, unroll=unroll)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from flax import nnx
 
 from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.models import layers
-from lpo_jax.models.base import Model, Settings, resolve_config
+from lpo_jax.models.base import Model, Settings, Stack, resolve_config
 from lpo_jax.types import Array, Params
 
 DEFAULTS: dict[str, Any] = {
@@ -123,14 +124,11 @@ class Encoder(nnx.Module):
 
   def __init__(self, fields: Mapping[str, Any], settings: Settings):
     count = fields["num_hidden_layers"]
-    self.layers = nnx.List([EncoderLayer(fields, settings) for _ in range(count)])
-    self.settings = settings
+    make = functools.partial(EncoderLayer, fields, settings)
+    self.layers = Stack(make, count, settings)
 
   def __call__(self, x: Array) -> tuple[Array, ...]:
-    states = [x]
-    for layer in self.layers:
-      states.append(self.settings.block(layer.__call__)(states[-1]))
-    return tuple(states)
+    return (x, *self.layers.states(x))
 
 
 class TextTransformer(nnx.Module):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lpo_jax.models import layers
-from lpo_jax.models.base import Settings
+from lpo_jax.models.base import Settings, Stack
 from lpo_jax.types import Array
 
 
@@ -80,15 +80,20 @@ class Transformer(nnx.Module):
       project = functools.partial(layers.Conv, channels, channels, size=1, dtype=dtype)
     self.norm = layers.GroupNorm(channels, groups=groups, eps=1e-6, dtype=dtype)
     self.proj_in = project()
-    self.transformer_blocks = nnx.List(
-      [TransformerBlock(channels, context, heads, settings) for _ in range(depth)]
-    )
+    make = functools.partial(TransformerBlock, channels, context, heads, settings)
+    # One block, as in Stable Diffusion 1 and 2, is no stack.
+    if depth == 1:
+      self.transformer_blocks = nnx.List([make()])
+    else:
+      self.transformer_blocks = Stack(make, depth, settings)
     self.proj_out = project()
     self.settings = settings
 
   def __call__(self, x: Array, context: Array) -> Array:
     y = self.proj_in(self.norm(x))
     y = y.reshape(x.shape[0], -1, x.shape[-1])
-    for block in self.transformer_blocks:
-      y = self.settings.block(block.__call__)(y, context)
+    if isinstance(self.transformer_blocks, Stack):
+      y = self.transformer_blocks(y, context)
+    else:
+      y = self.settings.block(self.transformer_blocks[0].__call__)(y, context)
     return x + self.proj_out(y.reshape(x.shape))
