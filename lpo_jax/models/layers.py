@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lpo_jax.models.attention import attend, precision
 from lpo_jax.models.base import Settings
 from lpo_jax.types import Array
 
 
-def _precision(dtype: Any) -> jax.lax.Precision:
-  # An fp32 product on a TPU or a recent GPU rounds its factors unless told not to.
-  highest = jnp.dtype(dtype) == jnp.float32
-  return jax.lax.Precision.HIGHEST if highest else jax.lax.Precision.DEFAULT
-
-
-def _param(*shape: int, used_as: Any = jnp.float32) -> nnx.Param:
-  # Modules are only ever made under `nnx.eval_shape`: nothing is allocated. `used_as` is
-  # what the module casts the parameter to before any arithmetic; see `Model.narrow`.
+def param(*shape: int, used_as: Any = jnp.float32) -> nnx.Param:
+  """Makes a parameter that the module casts to `used_as` before any arithmetic."""
+  # Modules are only ever made under `nnx.eval_shape`: nothing is allocated. For what
+  # `used_as` is good, see `Model.narrow`.
   return nnx.Param(jnp.zeros(shape, jnp.float32), used_as=jnp.dtype(used_as))
 
 
@@ -34,13 +29,13 @@ class Linear(nnx.Module):
   """x W + b over the last axis."""
 
   def __init__(self, inputs: int, outputs: int, *, bias: bool = True, dtype: Any):
-    self.kernel = _param(inputs, outputs, used_as=dtype)
-    self.bias = _param(outputs) if bias else None
+    self.kernel = param(inputs, outputs, used_as=dtype)
+    self.bias = param(outputs) if bias else None
     self.dtype = jnp.dtype(dtype)
 
   def __call__(self, x: Array) -> Array:
     kernel = self.kernel[...].astype(self.dtype)
-    y = jnp.matmul(x.astype(self.dtype), kernel, precision=_precision(self.dtype))
+    y = jnp.matmul(x.astype(self.dtype), kernel, precision=precision(self.dtype))
     return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -55,10 +50,11 @@ class Conv(nnx.Module):
     size: int = 3,
     stride: int = 1,
     padding: tuple[int, int] | None = None,
+    bias: bool = True,
     dtype: Any,
   ):
-    self.kernel = _param(size, size, inputs, outputs, used_as=dtype)
-    self.bias = _param(outputs)
+    self.kernel = param(size, size, inputs, outputs, used_as=dtype)
+    self.bias = param(outputs) if bias else None
     self.stride = stride
     self.padding = (size // 2, size // 2) if padding is None else padding
     self.dtype = jnp.dtype(dtype)
@@ -67,7 +63,7 @@ class Conv(nnx.Module):
     kernel = self.kernel[...].astype(self.dtype)
     x = x.astype(self.dtype)
     if kernel.shape[:2] == (1, 1) and self.stride == 1:
-      y = jnp.matmul(x, kernel[0, 0], precision=_precision(self.dtype))
+      y = jnp.matmul(x, kernel[0, 0], precision=precision(self.dtype))
     else:
       y = jax.lax.conv_general_dilated(
         x,
@@ -75,9 +71,9 @@ class Conv(nnx.Module):
         window_strides=(self.stride, self.stride),
         padding=(self.padding, self.padding),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=_precision(self.dtype),
+        precision=precision(self.dtype),
       )
-    return y + self.bias[...].astype(self.dtype)
+    return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class GroupNorm(nnx.Module):
@@ -87,8 +83,8 @@ class GroupNorm(nnx.Module):
   """
 
   def __init__(self, channels: int, *, groups: int, eps: float, dtype: Any):
-    self.scale = _param(channels)
-    self.bias = _param(channels)
+    self.scale = param(channels)
+    self.bias = param(channels)
     self.groups = groups
     self.eps = eps
     self.dtype = jnp.dtype(dtype)
@@ -115,8 +111,8 @@ class LayerNorm(nnx.Module):
   """Normalises over the last axis, in fp32."""
 
   def __init__(self, channels: int, *, eps: float = 1e-5, dtype: Any):
-    self.scale = _param(channels)
-    self.bias = _param(channels)
+    self.scale = param(channels)
+    self.bias = param(channels)
     self.eps = eps
     self.dtype = jnp.dtype(dtype)
 
@@ -132,7 +128,7 @@ class Embedding(nnx.Module):
   """A table of vectors looked up by number."""
 
   def __init__(self, count: int, channels: int, *, dtype: Any):
-    self.embedding = _param(count, channels, used_as=dtype)
+    self.embedding = param(count, channels, used_as=dtype)
     self.dtype = jnp.dtype(dtype)
 
   def __call__(self, indices: Array) -> Array:
@@ -162,47 +158,6 @@ def quick_gelu(x: Array) -> Array:
   return x * jax.nn.sigmoid(1.702 * x)
 
 
-def _attention_xla(q: Array, k: Array, v: Array, is_causal: bool) -> Array:
-  # Heads next to the batch: on CPU up to twice as fast as `jax.nn`'s function.
-  precision = _precision(q.dtype)
-  q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
-  logits = jnp.einsum(
-    "nhld,nhmd->nhlm", q, k, precision=precision, preferred_element_type=jnp.float32
-  )
-  logits = logits / math.sqrt(q.shape[-1])
-  if is_causal:
-    seen = jnp.tri(*logits.shape[-2:], dtype=bool)
-    logits = jnp.where(seen, logits, -jnp.inf)
-  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  y = jnp.einsum("nhlm,nhmd->nhld", weights, v, precision=precision)
-  return jnp.moveaxis(y, 1, 2)
-
-
-ATTENTION: dict[str, Callable[[Array, Array, Array, bool], Array]] = {
-  "xla": _attention_xla,
-}
-
-
-def attention(
-  q: Array, k: Array, v: Array, *, implementation: str = "auto", is_causal: bool = False
-) -> Array:
-  """softmax(q k^T / sqrt(D)) v, with logits and softmax in fp32.
-
-  Args:
-    q: [N, L, H, D].
-    k: [N, M, H, D].
-    v: [N, M, H, D].
-    implementation: a name of `ATTENTION`, or "auto" for the best on this platform.
-    is_causal: whether position i sees only positions up to i.
-
-  Returns:
-    [N, L, H, D] in q's dtype.
-  """
-  if implementation == "auto":
-    implementation = "xla"
-  return ATTENTION[implementation](q, k, v, is_causal)
-
-
 def split_heads(x: Array, heads: int) -> Array:
   """Views [N, L, C] as [N, L, heads, C / heads]."""
   return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
@@ -229,7 +184,7 @@ class Attention(nnx.Module):
     self.implementation = settings.attention
 
   def __call__(self, x: Array, context: Array) -> Array:
-    y = attention(
+    y = attend(
       split_heads(self.to_q(x), self.heads),
       split_heads(self.to_k(context), self.heads),
       split_heads(self.to_v(context), self.heads),

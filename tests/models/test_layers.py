@@ -12,35 +12,6 @@ from lpo_jax import models, trees
 from lpo_jax.models import base, layers
 
 
-def attend(q, k, v, causal):
-  """softmax(q k^T / sqrt(D)) v with loops, in float64."""
-  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-  output = np.zeros(q.shape)
-  for n, h in np.ndindex(q.shape[0], q.shape[2]):
-    logits = q[n, :, h] @ k[n, :, h].T / np.sqrt(q.shape[-1])
-    if causal:
-      logits = np.where(np.tri(*logits.shape) > 0, logits, -np.inf)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    output[n, :, h] = weights / weights.sum(-1, keepdims=True) @ v[n, :, h]
-  return output
-
-
-@pytest.mark.parametrize("name", ["auto", *layers.ATTENTION])
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention(name, causal):
-  rng = np.random.default_rng(0)
-  q = rng.standard_normal((2, 7, 3, 4), np.float32)
-  k, v = rng.standard_normal((2, 2, 7 if causal else 5, 3, 4), np.float32)
-  if not causal:
-    q = q * 30  # a softmax near its corners
-  output = layers.attention(q, k, v, implementation=name, is_causal=causal)
-  np.testing.assert_allclose(output, attend(q, k, v, causal), rtol=0, atol=1e-5)
-  half = layers.attention(
-    *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), implementation=name
-  )
-  assert half.dtype == jnp.bfloat16
-
-
 def module(make, **values):
   model = base.Model.of(make, {}, base.Settings())
   assert trees.named_leaves(model.abstract_params).keys() == values.keys()
