@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lpo_jax import objectives, parallel
+from lpo_jax import objectives, parallel, tables
 from lpo_jax.diffusion import noising, schedule
 from lpo_jax.training import optimizer, state, step
 from lpo_jax.types import Batch, Conditioning, Ranking
@@ -22,7 +22,16 @@ TABLES = schedule.from_config(
 # Lists of 5, 4 and 3 images in 12 slots: they straddle any microbatch.
 LISTS = (5, 4, 3)
 RANKS = ((0, 1, 2, 3, 4), (2, 0, 1, 1, 0), (0, 1, 1, 0, 0))
-HYPER = {"sft": {}, "dpo": {"beta": 30.0}, "lpo": {"beta": 30.0}}
+# Every objective, with a beta that this world's errors of about 1 do not saturate.
+HYPER = {
+  name: {"beta": 3.0} if "beta" in tables.options_of(fn) else {}
+  for name, fn in objectives.OBJECTIVES.items()
+}
+HYPER |= {"dpo": {"beta": 30.0}, "lpo": {"beta": 30.0}}
+HYPER["poly_dpo"] |= {"alpha": 0.5}
+# Its published 1000 multiplies every rounding by as much.
+HYPER["mapo"] |= {"sharpness": 10.0}
+HYPER["lair"] |= {"temperature": 0.2, "penalty": 1.0}
 
 
 def unet(params, latents, timesteps, prompt_embeds, pooled=None, time_ids=None):
@@ -52,6 +61,7 @@ def make_batch(seed=0, lists=LISTS, ranks=RANKS):
   rng, slots, most = np.random.default_rng(seed), sum(lists), max(lists)
   starts = np.cumsum([0, *lists[:-1]])
   valid = np.arange(most) < np.asarray(lists)[:, None]
+  rank = np.asarray(ranks, np.int32)[:, :most]
   return Batch(
     moments=rng.standard_normal((slots, 2, 2, 8)).astype(np.float32),
     conditioning=Conditioning(rng.standard_normal((slots, 2, 3)).astype(np.float32)),
@@ -61,9 +71,9 @@ def make_batch(seed=0, lists=LISTS, ranks=RANKS):
     item=np.concatenate([np.arange(n) for n in lists]).astype(np.uint32),
     slot=np.where(valid, starts[:, None] + np.arange(most), 0).astype(np.int32),
     ranking=Ranking(
-      rank=np.asarray(ranks, np.int32)[:, :most],
+      rank=rank,
       valid=valid,
-      score=np.zeros(valid.shape, np.float32),
+      score=np.where(valid, 1 / (1 + rank), 0).astype(np.float32),
       weight=np.asarray([1.0, 2.0, 0.5, 1.5], np.float32)[: len(lists)],
     ),
   )
@@ -79,6 +89,20 @@ def make_method(objective="lpo", **fields):
     "scaling_factor": 0.5,
   }
   return step.Method(**{**defaults, **fields})
+
+
+def every_objective(microbatch):
+  """Compiles (params, ref_params, batch) -> losses of all objectives, and gradients."""
+  method = make_method(microbatch=microbatch)
+
+  def losses(params, ref_params, batch):
+    noised = method.noising(batch, method.schedule, 3, scaling_factor=0.5)
+    scalars = step.slot_scalars(method, params, ref_params, noised, batch.conditioning)
+    denoising = step.to_lists(scalars, batch.slot)
+    every = [objectives.get(name, **hyper) for name, hyper in HYPER.items()]
+    return jnp.stack([fn(denoising, batch.ranking)[0] for fn in every])
+
+  return jax.jit(lambda *args: (losses(*args), jax.jacrev(losses)(*args)))
 
 
 class Run:
@@ -161,7 +185,8 @@ def value_and_grad(world):
     )
 
   def run(objective, batch=None, **fields):
-    ref_params = None if objective == "sft" else make_params(1)
+    has_reference = make_method(objective).has_reference
+    ref_params = make_params(1) if has_reference else None
     (loss, metrics), gradient = compiled(objective, **fields)(
       make_params(0), ref_params, batch or make_batch()
     )
