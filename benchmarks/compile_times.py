@@ -1,0 +1,230 @@
+"""Compiles full-size train steps: a table of docs/performance.md.
+
+  python benchmarks/compile_times.py --model sdxl --target cpu
+  python benchmarks/compile_times.py --model sdxl --target v5p:2x2x1 --scan none
+
+The real step (LPO, policy and reference, AdamW, bf16 activations) on abstract arrays:
+no weights, no accelerator. A TPU target needs the `tpu` extra, and with it only the
+compiler of that TPU: JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1. Prints one row, and with
+--table adds it to that file. A step of SDXL takes minutes and 10 GB of memory.
+
+FLOPs are those of the products and convolutions in the traced program, loops times
+their length: what the backward pass computes again is in them.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import time
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from lpo_jax import models, objectives, parallel
+from lpo_jax.diffusion import noising, schedule
+from lpo_jax.training import optimizer, state, step
+from lpo_jax.types import Batch, Conditioning, Ranking
+
+HERE = pathlib.Path(__file__).resolve().parent
+# Resolution in pixels: what each was trained at.
+MODELS = {"sd15": 512, "sd21": 768, "sdxl": 1024, "ssd1b": 1024}
+SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+COLUMNS = (
+  "model",
+  "target",
+  "images a device",
+  "remat",
+  "scan",
+  "TFLOPs an image",
+  "StableHLO operations",
+  "trace + lower, s",
+  "compile, s",
+  "compile, CPU s",
+  "HLO instructions",
+  "arguments, GiB",
+  "temporaries, GiB",
+)
+LIST_SIZE = 2
+
+
+def read_config(name: str) -> dict:
+  """The fields of the real config.json."""
+  return json.loads((HERE / "architectures" / f"{name}_unet.json").read_text("utf-8"))
+
+
+def make_mesh(target: str) -> jax.sharding.Mesh:
+  """One CPU device, or all chips of a TPU topology with the parameters split."""
+  if target == "cpu":
+    return parallel.make_mesh(devices=jax.devices("cpu")[:1])
+  chips = topologies.get_topology_desc(target, "tpu").devices
+  return parallel.make_mesh(1, -1, devices=chips)
+
+
+def abstract_batch(
+  config: dict, mesh: jax.sharding.Mesh, images: int, side: int
+) -> Batch:
+  """A batch of lists of two, as shapes with shardings."""
+  lists = images // LIST_SIZE
+
+  def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+  pooled = time_ids = None
+  if config.get("addition_embed_type") == "text_time":
+    width = config["projection_class_embeddings_input_dim"]
+    width -= 6 * config["addition_time_embed_dim"]
+    pooled, time_ids = shape(images, width), shape(images, 6)
+  batch = Batch(
+    moments=shape(images, side, side, 8),
+    conditioning=Conditioning(
+      shape(images, 77, config["cross_attention_dim"]), pooled, time_ids
+    ),
+    identity=shape(images, 2, dtype=jnp.uint32),
+    item=shape(images, dtype=jnp.uint32),
+    slot=shape(lists, LIST_SIZE, dtype=jnp.int32),
+    ranking=Ranking(
+      rank=shape(lists, LIST_SIZE, dtype=jnp.int32),
+      valid=shape(lists, LIST_SIZE, dtype=jnp.bool_),
+      score=shape(lists, LIST_SIZE),
+      weight=shape(lists),
+    ),
+  )
+  return with_shardings(batch, parallel.batch_shardings(mesh, batch))
+
+
+def with_shardings(tree, shardings):
+  """Says where the arrays of a tree of shapes will live."""
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    tree,
+    shardings,
+  )
+
+
+def trace(arguments: argparse.Namespace) -> jax.stages.Traced:
+  """Traces the train step as the train job does."""
+  mesh = make_mesh(arguments.target)
+  config = read_config(arguments.model)
+  model = models.build(
+    config,
+    dtype=jnp.bfloat16,
+    attention=arguments.attention,
+    remat=arguments.remat,
+    scan=arguments.scan,
+  )
+  method = step.Method(
+    unet=model.apply,
+    schedule=schedule.from_config(SCHEDULE),
+    noising=noising.get("forward"),
+    objective=objectives.get("lpo", beta=5000.0),
+    seed=0,
+    scaling_factor=0.13025 if "time_ids" in config else 0.18215,
+    microbatch=arguments.microbatch * mesh.size,
+    unroll=arguments.target == "cpu",
+  )
+  shapes = model.abstract_params
+  shardings = parallel.param_shardings(shapes, mesh)
+  adamw = optimizer.build("adamw", shapes, learning_rate=1e-5)
+  side = (arguments.resolution or MODELS[arguments.model]) // 8
+  return step.trace_train_step(
+    mesh,
+    state.placement(mesh, shapes, adamw, with_ema=False, shardings=shardings),
+    with_shardings(model.narrow(shapes), shardings),
+    abstract_batch(config, mesh, arguments.images * mesh.size, side),
+    method=method,
+    optimizer=adamw,
+  )
+
+
+def count_flops(jaxpr) -> int:
+  """Twice the multiplications of all matrix products and convolutions."""
+  total = 0
+  for equation in jaxpr.eqns:
+    sizes = [
+      getattr(x.aval, "shape", ()) for x in (*equation.invars, *equation.outvars)
+    ]
+    if equation.primitive is jax.lax.dot_general_p:
+      contracted = equation.params["dimension_numbers"][0][0]
+      total += 2 * math.prod(sizes[2]) * math.prod(sizes[0][i] for i in contracted)
+    elif equation.primitive is jax.lax.conv_general_dilated_p:
+      kernel = equation.params["dimension_numbers"].rhs_spec
+      taps = math.prod(sizes[1]) // sizes[1][kernel[0]]
+      total += 2 * math.prod(sizes[2]) * taps
+    length = equation.params["length"] if equation.primitive.name == "scan" else 1
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      total += length * count_flops(inner)
+  return total
+
+
+def measure(arguments: argparse.Namespace) -> list[str]:
+  """Traces, lowers and compiles; returns the row."""
+  jax.config.update("jax_enable_compilation_cache", False)
+  began = time.monotonic()
+  traced = trace(arguments)
+  lowered = traced.lower()
+  lower_seconds = time.monotonic() - began
+  operations = count_instructions(lowered.as_text())
+  images = arguments.images * make_mesh(arguments.target).size
+  flops = count_flops(traced.jaxpr.jaxpr) / images
+  return [
+    arguments.model,
+    arguments.target,
+    str(arguments.images),
+    arguments.remat,
+    arguments.scan,
+    f"{flops / 1e12:.2f}",
+    f"{operations:,}",
+    f"{lower_seconds:.0f}",
+    *([""] * 5 if arguments.lower_only else compile_(lowered)),
+  ]
+
+
+def count_instructions(text: str) -> int:
+  """Lines of a program that give a value a name."""
+  return sum(" = " in line for line in text.splitlines())
+
+
+def compile_(lowered: jax.stages.Lowered) -> list[str]:
+  """Compiles: seconds by the clock and of the processor, instructions, GiB."""
+  began, processor_began = time.monotonic(), time.process_time()
+  compiled = lowered.compile()
+  seconds = time.monotonic() - began
+  processor_seconds = time.process_time() - processor_began
+  memory = compiled.memory_analysis()
+  return [
+    f"{seconds:.0f}",
+    f"{processor_seconds:.0f}",
+    f"{count_instructions(compiled.as_text()):,}",
+    f"{memory.argument_size_in_bytes / 2**30:.2f}",
+    f"{memory.temp_size_in_bytes / 2**30:.2f}",
+  ]
+
+
+def main() -> None:
+  """Prints a row under its head; adds it to the table where one is named."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--model", choices=MODELS, required=True)
+  parser.add_argument("--target", default="cpu", help="cpu, or a topology: v5e:2x4")
+  parser.add_argument("--images", type=int, default=2, help="of a device and update")
+  parser.add_argument("--microbatch", type=int, default=0, help="of a device; 0: all")
+  parser.add_argument("--resolution", type=int, help="in pixels, if not the model's")
+  parser.add_argument("--remat", default="blocks")
+  parser.add_argument("--scan", default="stacks")
+  parser.add_argument("--attention", default="xla")
+  parser.add_argument("--lower-only", action="store_true", help="do not compile")
+  parser.add_argument("--table", type=pathlib.Path, help="a file to add the row to")
+  arguments = parser.parse_args()
+  lines = ["| " + " | ".join(x) + " |" for x in (COLUMNS, measure(arguments))]
+  lines.insert(1, "|" + "---|" * len(COLUMNS))
+  print("\n".join(lines))
+  if arguments.table is not None:
+    text = arguments.table.read_text("utf-8") if arguments.table.exists() else ""
+    with arguments.table.open("a", encoding="utf-8") as file:
+      file.write("\n".join(lines[2:] if text else lines) + "\n")
+
+
+if __name__ == "__main__":
+  main()
