@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from lpo_jax import tables, trees
 from lpo_jax.errors import UserError
+from lpo_jax.types import Array
 
 
 def _adamw(
@@ -35,14 +37,28 @@ def _adafactor(
   weight_decay: float = 0.0,
   momentum: float | None = None,
 ) -> optax.GradientTransformation:
-  # Optax' own decay is not multiplied by the learning rate: 0.01 would take a hundredth
-  # of every weight at every update. Here it means what it means to adamw.
+  # The parts of `optax.adafactor` without its learning rate relative to the weights,
+  # as torch's scripts use it. Its own decay is not multiplied by the learning rate: 0.01
+  # would take a hundredth of every weight at every update. Here it means what it means
+  # to adamw. Of a stack the two largest axes are factored, and so never the blocks.
   return optax.chain(
-    # A fixed learning rate, as torch's scripts use it.
-    optax.adafactor(None, multiply_by_parameter_scale=False, momentum=momentum),
-    optax.add_decayed_weights(-weight_decay, decay_mask),
-    optax.scale_by_learning_rate(learning_rate, flip_sign=False),
+    optax.scale_by_factored_rms(),
+    _clip_by_block_rms(1.0),
+    optax.identity() if momentum is None else optax.ema(momentum, debias=False),
+    optax.add_decayed_weights(weight_decay, decay_mask),
+    optax.scale_by_learning_rate(learning_rate),
   )
+
+
+def _clip_by_block_rms(threshold: float) -> optax.GradientTransformation:
+  """Clips the rms of every tensor, of a stack that of every block: as if none were."""
+
+  def clip(name: str, update: Array) -> Array:
+    axes = tuple(range(int(trees.is_stacked(name)), update.ndim))
+    rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=axes, keepdims=True))
+    return update / jnp.maximum(1.0, rms / threshold)
+
+  return optax.stateless(lambda updates, params: trees.map_named(clip, updates))
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
