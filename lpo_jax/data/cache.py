@@ -3,6 +3,7 @@
   manifest.json            what the records are and what made them; written last
   begun.json               the same promise, while the cache is unfinished
   moments-00000.*          one record per image: mean and log-variance [h, w, 2c]
+  mirrored-00000.*         the same of the mirrored images, where `data.flip` asked for it
   prompts-00000.*          one record per prompt: states [L, D], then pooled [P] if any
   bad_images.jsonl         the images that could not be used, and why
   lists-<key>.npz, .json   lists built with one set of settings, as record indices
@@ -20,23 +21,18 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-import lpo_jax
+from lpo_jax.data import manifest as manifests
 from lpo_jax.data import records
-from lpo_jax.data.encoding import (
-  DTYPES,
-  LOGVAR_RANGE,
-  refuse_too_many,
-  write_bad_images,
-)
-from lpo_jax.data.lists import RankedLists
+from lpo_jax.data.draws import Part
+from lpo_jax.data.encoding import storage_dtype
+from lpo_jax.data.ranked import RankedLists
 from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.types import Conditioning
 
-FORMAT = 1
 _LIST_COLUMNS = ("prompt", "list_id", "weight", "offsets", "image", "rank", "score")
 
 
@@ -44,88 +40,6 @@ def lists_key(settings: Mapping[str, Any]) -> str:
   """Short hash of list-building settings: the `<key>` of their file names."""
   text = json.dumps(dict(settings), sort_keys=True, default=str)
   return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def begin(
-  folder: str | os.PathLike,
-  identity: Mapping[str, Any],
-  *,
-  expect: Mapping[str, Any] | None = None,
-) -> None:
-  """Notes what an unfinished cache will be, or checks that it is the same as before.
-
-  Args:
-    folder: the cache.
-    identity: what the records are made from and how, as the manifest will say.
-    expect: the part of it that must be equal in work begun before; all of it if None.
-
-  Raises:
-    UserError: the folder holds the unfinished work of other settings.
-  """
-  folder = Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  shards = [p for k in ("moments", "prompts") for p in folder.glob(f"{k}-[0-9]*")]
-  begun = records.read_json(folder / "begun.json")
-  if begun is None:  # nobody says what these records were made from
-    for path in shards:
-      path.unlink()
-  elif any(path.suffix == ".json" for path in shards):  # there is work to lose
-    wanted = identity if expect is None else expect
-    refuse_differences(folder, "unfinished cache", begun, wanted)
-  records.write_json(folder / "begun.json", dict(identity))
-
-
-def finish(
-  folder: str | os.PathLike,
-  identity: Mapping[str, Any],
-  *,
-  shards: Mapping[str, int],
-  max_bad: float,
-  notes: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-  """Checks that all shards are there and writes the manifest.
-
-  Args:
-    folder: the cache.
-    identity: what `begin` was given, with the "dtype" of the records.
-    shards: number of "moments" and of "prompts" shards, of all processes.
-    max_bad: share of the images that may be unusable.
-    notes: further facts for the manifest that readers never compare.
-
-  Returns:
-    The manifest.
-
-  Raises:
-    UserError: a shard is missing, or too many images are bad.
-  """
-  folder = Path(folder)
-  moments = records.Records(folder, "moments", shards["moments"])
-  prompts = records.Records(folder, "prompts", shards["prompts"])
-  bad = moments.refused
-  refuse_too_many(folder, bad, max_bad, len(moments) + len(bad))
-  write_bad_images(folder, bad)
-  if not len(moments):
-    raise UserError(f"no image of {len(bad)} could be used: {folder} would be empty.")
-  shape = prompts.about[0]
-  # All that lists depend on: which record holds what.
-  index = json.dumps([moments.keys, prompts.keys]).encode()
-  manifest = {
-    **identity,
-    "package": lpo_jax.__version__,
-    "moments": {"shape": moments.about[0]["moments"], "logvar_range": LOGVAR_RANGE},
-    "prompts": {"prompt_embeds": shape["prompt_embeds"], "pooled": shape["pooled"]},
-    "counts": {
-      "images": len(moments),
-      "bad_images": len(bad),
-      "prompts": len(prompts),
-    },
-    "shards": dict(shards),
-    "records": hashlib.sha256(index).hexdigest()[:16],
-    "notes": dict(notes or {}),
-  }
-  records.write_json(folder / "manifest.json", manifest)
-  (folder / "begun.json").unlink(missing_ok=True)
-  return manifest
 
 
 def write_lists(
@@ -150,10 +64,50 @@ def write_lists(
       list is left.
   """
   folder = Path(folder)
-  manifest, moments, prompts = _open_records(folder)
+  manifest = manifests.read(folder)
+  moments, prompts = (_records(folder, manifest, k) for k in ("moments", "prompts"))
   bad = {uid for uid, _ in moments.refused}
-  image_record = {uid: i for i, uid in enumerate(moments.keys)}
-  prompt_record = {prompt: i for i, prompt in enumerate(prompts.keys)}
+  kept, lost = index_lists(lists, moments.keys, prompts.keys, bad, folder)
+  key = lists_key(settings)
+  packed = io.BytesIO()
+  np.savez(packed, **{name: getattr(kept, name) for name in _LIST_COLUMNS})
+  records.write_atomically(folder / f"lists-{key}.npz", packed.getvalue())
+  described = {
+    "settings": dict(settings),
+    "records": manifest["records"],
+    "lists": len(kept.prompt),
+    "items": len(kept.image),
+    "lost": lost,
+    "report": dict(report or {}),
+  }
+  records.write_json(folder / f"lists-{key}.json", described)
+  return described
+
+
+def index_lists(
+  lists: RankedLists,
+  image_keys: Sequence[str],
+  prompt_keys: Sequence[str],
+  bad: Sequence[str] | set[str],
+  folder: str | os.PathLike,
+) -> tuple[RankedLists, dict[str, int]]:
+  """Makes lists index the records instead of their own prompts and images.
+
+  Args:
+    lists: as built, with indices into their own `prompts` and `image_uids`.
+    image_keys: uids in record order.
+    prompt_keys: prompts in record order.
+    bad: uids of images that have no record because they cannot be used.
+    folder: where the records are, to say so.
+
+  Returns:
+    The lists that are left, and the counts of what bad images cost.
+
+  Raises:
+    UserError: an image or prompt that the records were not made from, or no list left.
+  """
+  image_record = {uid: i for i, uid in enumerate(image_keys)}
+  prompt_record = {prompt: i for i, prompt in enumerate(prompt_keys)}
   used = np.unique(lists.image)
   unknown = [
     uid
@@ -177,23 +131,16 @@ def write_lists(
   if not len(kept.prompt):
     raise UserError(
       f"no list is left: {len(lists.prompt)} were built, all lost too many images to be "
-      f"ranked. See {folder / 'bad_images.jsonl'}."
+      f"ranked. See {Path(folder) / 'bad_images.jsonl'}."
     )
-  kept = dataclasses.replace(kept, image=image[kept.image], prompt=prompt[kept.prompt])
-  key = lists_key(settings)
-  packed = io.BytesIO()
-  np.savez(packed, **{name: getattr(kept, name) for name in _LIST_COLUMNS})
-  records.write_atomically(folder / f"lists-{key}.npz", packed.getvalue())
-  described = {
-    "settings": dict(settings),
-    "records": manifest["records"],
-    "lists": len(kept.prompt),
-    "items": len(kept.image),
-    "lost": lost,
-    "report": dict(report or {}),
-  }
-  records.write_json(folder / f"lists-{key}.json", described)
-  return described
+  kept = dataclasses.replace(
+    kept,
+    image=image[kept.image],
+    prompt=prompt[kept.prompt],
+    image_uids=image_keys,
+    prompts=prompt_keys,
+  )
+  return kept, lost
 
 
 def drop_missing(
@@ -252,37 +199,86 @@ def drop_missing(
 # Reading.
 
 
+class Store(Protocol):
+  """Records by index: `records.Records`, or what `live` encodes when it is asked."""
+
+  keys: Sequence[str]
+  about: Sequence[Any]
+
+  def read(self, indices: Sequence[int] | np.ndarray) -> list[bytes]: ...
+
+  def close(self) -> None: ...
+
+
 class Cache:
-  """A finished cache with one set of lists; made by `open_cache`.
+  """Encoded images and prompts by index, and the lists that index them.
 
   Attributes:
     folder: where it is.
-    manifest: the record store's manifest.
-    lists_manifest: the lists' own manifest.
+    manifest: what the records are; see `manifest`.
     lists: ranked lists; `image` and `prompt` are record indices, `image_uids` and
       `prompts` are in record order.
-    null_prompt: the record index of the empty prompt.
+    image_count: I. Index i + I is image i mirrored, where `has_mirrored`.
+    has_mirrored: whether the images are there mirrored too.
+    parts: the sources that the lists are of: one.
+    null_prompts: for each of them the record index of the empty prompt.
   """
 
-  def __init__(self, folder: Path, key: str):
-    self.folder = folder
-    self.manifest, self._moments, self._prompts = _open_records(folder)
-    self.lists_manifest = records.read_json(folder / f"lists-{key}.json")
-    prompts = self._prompts.keys
-    with np.load(folder / f"lists-{key}.npz") as columns:
-      arrays = {name: columns[name] for name in _LIST_COLUMNS}
-    self.lists = RankedLists(**arrays, prompts=prompts, image_uids=self._moments.keys)
-    self.null_prompt = prompts.index("")
-    self._dtype = DTYPES[self.manifest["dtype"]]
-    about = self._moments.about
-    self._original_size = np.array([a["original_size"] for a in about], np.float32)
-    self._crop = np.array([a["crop"] for a in about], np.float32)
+  def __init__(
+    self,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    lists: RankedLists,
+    moments: Store,
+    prompts: Store,
+    mirrored: Store | None = None,
+  ):
+    """Puts the parts together; `open_cache` and `live.open_source` find them.
+
+    Args:
+      folder: where it is, for messages.
+      manifest: "dtype", "moments", "prompts" and "preprocessing" are read.
+      lists: with record indices.
+      moments: a record per image.
+      prompts: a record per prompt.
+      mirrored: a record per mirrored image, by the same keys.
+    """
+    self.folder, self.manifest = folder, manifest
+    self.lists = dataclasses.replace(
+      lists, prompts=prompts.keys, image_uids=moments.keys
+    )
+    self.image_count = len(self.lists.image_uids)
+    self.has_mirrored = mirrored is not None
+    self.null_prompts = (list(self.lists.prompts).index(""),)
+    self.parts = (Part("", len(self.lists)),)
+    self._prompts = prompts
+    # Which record of which store each index means.
+    self._stores = [moments] if mirrored is None else [moments, mirrored]
+    plain = np.stack([np.zeros(self.image_count, int), np.arange(self.image_count)], 1)
+    self._place = plain
+    if mirrored is not None:
+      known = {uid: (1, i) for i, uid in enumerate(mirrored.keys)}
+      uids = enumerate(self.lists.image_uids)
+      twins = [
+        known.get(uid, (0, i)) for i, uid in uids
+      ]  # one not there stays as it is
+      self._place = np.concatenate([plain, np.array(twins).reshape(-1, 2)])
+    self._dtype = storage_dtype(manifest["dtype"])
+    about = [store.about for store in self._stores]
+    facts = [about[store][record] for store, record in self._place.tolist()]
+    self._original_size = np.array([f["original_size"] for f in facts], np.float32)
+    self._crop = np.array([f["crop"] for f in facts], np.float32)
 
   def moments(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
     """Returns [n, h, w, 2c] fp32: mean and log-variance, unscaled."""
     shape = self.manifest["moments"]["shape"]
-    flat = self._decode(self._moments.read(indices), math.prod(shape))
-    return flat.reshape(-1, *shape)
+    place = self._place[np.asarray(indices, np.int64)]
+    data: list[bytes] = [b""] * len(place)
+    for number, store in enumerate(self._stores):
+      rows = np.flatnonzero(place[:, 0] == number)
+      for row, record in zip(rows, store.read(place[rows, 1]), strict=True):
+        data[row] = record
+    return self._decode(data, math.prod(shape)).reshape(-1, *shape)
 
   def prompt_embeds(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
     """Returns [n, L, D] fp32 text states."""
@@ -295,7 +291,7 @@ class Cache:
 
     Args:
       prompts: [n] prompt record indices.
-      images: [n] image record indices.
+      images: [n] image indices, as `moments` takes them.
       time_ids: "resolution" tells SDXL that every image was made at this size and not
         cropped, as Diffusion-DPO does; "original" tells its true size and crop.
 
@@ -315,8 +311,8 @@ class Cache:
 
   def close(self) -> None:
     """Closes the record files."""
-    self._moments.close()
-    self._prompts.close()
+    for store in (*self._stores, self._prompts):
+      store.close()
 
   def _text(self, indices) -> tuple[np.ndarray, np.ndarray | None]:
     shapes = self.manifest["prompts"]
@@ -338,7 +334,7 @@ class Cache:
       "original": lambda: (self._original_size[images], self._crop[images]),
     }
     if policy not in sizes:
-      raise unknown_name("time_ids", policy, sizes)
+      raise unknown_name("data.time_ids", policy, sizes)
     return np.concatenate([*sizes[policy](), target], axis=1)
 
   def _decode(self, data: list[bytes], size: int) -> np.ndarray:
@@ -351,6 +347,7 @@ def open_cache(
   lists_key: str | None = None,
   *,
   expect: Mapping[str, Any] | None = None,
+  mirrored: bool = False,
 ) -> Cache:
   """Opens a finished cache for reading.
 
@@ -358,20 +355,22 @@ def open_cache(
     folder: the cache.
     lists_key: which lists; may be left out where there is only one set.
     expect: values, nested as in the manifest, that must be equal to it.
+    mirrored: whether the mirrored images are needed.
 
   Raises:
-    UserError: no finished cache, no such lists, or a difference from `expect`; every
-      differing key is named.
+    UserError: no finished cache, no such lists, no mirrored images, or a difference
+      from `expect`; every differing key is named.
   """
   folder = Path(folder)
-  manifest = read_manifest(folder)
+  manifest = manifests.read(folder)
   if manifest is None:
     begun = ", only an unfinished one" if (folder / "begun.json").exists() else ""
     raise UserError(
       f"no finished cache in {folder}{begun}; run --job cache with the same config "
       "(it continues where it stopped), or set data.cache to the folder that has one."
     )
-  refuse_differences(folder, "cache", manifest, {"format": FORMAT, **(expect or {})})
+  expect = {"format": manifests.FORMAT, **(expect or {})}
+  manifests.refuse_differences(folder, "cache", manifest, expect)
   known = known_lists(folder)
   if lists_key is None and len(known) == 1:
     (lists_key,) = known
@@ -381,18 +380,24 @@ def open_cache(
       f"{', '.join(known) or 'none'}. Run --job cache with the list settings of this "
       "config: images are not encoded again."
     )
-  return Cache(folder, lists_key)
-
-
-def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
-  """Returns the manifest of a finished cache, None if there is none."""
-  return records.read_json(Path(folder) / "manifest.json")
+  if mirrored and "mirrored" not in manifest["shards"]:
+    raise UserError(
+      f"the cache {folder} has no mirrored images, which data.flip needs. Run --job "
+      "cache with this config: it adds them and encodes nothing else again."
+    )
+  with np.load(folder / f"lists-{lists_key}.npz") as columns:
+    arrays = {name: columns[name] for name in _LIST_COLUMNS}
+  names = ["moments", "prompts", *(["mirrored"] if mirrored else [])]
+  stores = {name: _records(folder, manifest, name) for name in names}
+  return Cache(
+    folder, manifest, RankedLists(**arrays, prompts=(), image_uids=()), **stores
+  )
 
 
 def known_lists(folder: str | os.PathLike) -> list[str]:
   """Returns the keys of the lists that index the records now in the folder."""
   folder = Path(folder)
-  current = (read_manifest(folder) or {}).get("records")
+  current = (manifests.read(folder) or {}).get("records")
   keys = []
   for path in sorted(folder.glob("lists-*.json")):
     described = records.read_json(path)
@@ -401,47 +406,10 @@ def known_lists(folder: str | os.PathLike) -> list[str]:
   return keys
 
 
-def differences(
-  found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = ""
-) -> list[tuple[str, Any, Any]]:
-  """Lists (dotted key, expected, found) wherever `expected` is not as `found`.
-
-  >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}})
-  [('a.b', 3, 1)]
-  """
-  result = []
-  for key, value in expected.items():
-    other = found.get(key)
-    if isinstance(value, Mapping) and isinstance(other, Mapping):
-      result += differences(other, value, f"{prefix}{key}.")
-    elif json.dumps(value) != json.dumps(other):  # tuples come back as lists
-      result.append((f"{prefix}{key}", value, other))
-  return result
+def lists_manifest(folder: str | os.PathLike, key: str) -> dict[str, Any]:
+  """Returns what `write_lists` said about the lists of this key."""
+  return records.read_json(Path(folder) / f"lists-{key}.json")
 
 
-def refuse_differences(
-  folder: str | os.PathLike,
-  what: str,
-  found: Mapping[str, Any],
-  expected: Mapping[str, Any],
-) -> None:
-  """Names every key in which `found` is not as `expected`.
-
-  Raises:
-    UserError: there is one.
-  """
-  unlike = differences(found, expected)
-  if unlike:
-    lines = "; ".join(f"{k}: this run has {e!r}, found {f!r}" for k, e, f in unlike)
-    raise UserError(
-      f"the {what} in {folder} was made differently ({lines}). Delete that folder, or "
-      "point data.cache elsewhere."
-    )
-
-
-def _open_records(folder: Path) -> tuple[dict, records.Records, records.Records]:
-  manifest = read_manifest(folder)
-  shards = manifest["shards"]
-  moments = records.Records(folder, "moments", shards["moments"])
-  prompts = records.Records(folder, "prompts", shards["prompts"])
-  return manifest, moments, prompts
+def _records(folder: Path, manifest: Mapping[str, Any], name: str) -> records.Records:
+  return records.Records(folder, name, manifest["shards"][name])

@@ -7,7 +7,12 @@ import io
 
 import numpy as np
 
-PREPROCESSING = {"resize": "shorter side, PIL lanczos", "crop": "centre"}
+PREPROCESSING = {
+  "orientation": "upright, as EXIF says",
+  "transparency": "on white",
+  "resize": "shorter side, PIL lanczos",
+  "crop": "centre",
+}
 MAX_PIXELS = 100_000_000  # a header may promise more memory than the machine has
 _ORIENTATION = 0x0112  # the EXIF tag; 1 (or none) means "as stored"
 
@@ -31,14 +36,32 @@ class PreparedImage:
   crop: tuple[int, int]
 
 
+def as_it_is(image: PreparedImage) -> PreparedImage:
+  """Returns the picture unchanged."""
+  return image
+
+
+def mirror(image: PreparedImage) -> PreparedImage:
+  """Returns the picture as if it had been mirrored left to right before the crop."""
+  height, width = image.original_size
+  side = image.pixels.shape[0]
+  _, resized_width = _resized(height, width, side)
+  top, left = image.crop
+  return PreparedImage(
+    np.ascontiguousarray(image.pixels[:, ::-1]),
+    image.original_size,
+    (top, resized_width - left - side),
+  )
+
+
 def prepare(
   data: bytes, resolution: int, *, max_pixels: int = MAX_PIXELS
 ) -> PreparedImage:
   """Decodes, converts to RGB, resizes the shorter side and crops the centre.
 
-  Grey, palette and CMYK become RGB; transparency is laid on white, as a browser shows
-  it to the people who judged; EXIF orientation is applied. A picture that already has
-  the right size keeps its pixels untouched.
+  Grey, palette and CMYK become RGB; 16 bits become the upper 8; transparency is laid on
+  white and EXIF orientation is applied, as a browser does for the people who judge. A
+  picture that already has the right size keeps its pixels untouched.
 
   Args:
     data: an encoded image (JPEG, PNG, WebP, ... whatever Pillow reads).
@@ -49,7 +72,8 @@ def prepare(
     The prepared image.
 
   Raises:
-    BadImage: the bytes are no image, are cut short, or are larger than `max_pixels`.
+    BadImage: the bytes are no image, are cut short, have pixels without a known range,
+      or are larger than `max_pixels`; that is seen in the header, before any decoding.
   """
   try:
     pixels = _decode(data, max_pixels)
@@ -71,6 +95,7 @@ def _decode(data: bytes, max_pixels: int) -> np.ndarray:
   """Returns [height, width, 3] uint8."""
   from PIL import Image, ImageOps
 
+  Image.MAX_IMAGE_PIXELS = None  # the limit is ours: Pillow's own cannot be raised
   if not data:
     raise BadImage("no bytes")
   image = Image.open(io.BytesIO(data))  # reads the header only
@@ -92,14 +117,27 @@ def _to_rgb(image):
   """Converts any Pillow mode to RGB, on white where it is transparent."""
   from PIL import Image
 
-  if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey instead of scaling
-    grey = (np.asarray(image) >> 8).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+  if image.mode.startswith("I"):  # Pillow would clip 16-bit grey instead of scaling
+    grey = np.asarray(image)
+    if grey.min() < 0 or grey.max() > 0xFFFF:
+      raise BadImage("32-bit pixels have no known range")
+    return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+  if image.mode == "F":
+    raise BadImage("floating-point pixels have no known range")
   if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB")
   return image.convert("RGB")
+
+
+def _resized(height: int, width: int, resolution: int) -> tuple[int, int]:
+  """Returns the (height, width) at which the shorter side is `resolution`."""
+  shorter = min(height, width)
+  return (
+    max(resolution, round(height * resolution / shorter)),
+    max(resolution, round(width * resolution / shorter)),
+  )
 
 
 def _resize_and_crop(
@@ -109,9 +147,7 @@ def _resize_and_crop(
   from PIL import Image
 
   height, width = pixels.shape[:2]
-  shorter = min(height, width)
-  new_height = max(resolution, round(height * resolution / shorter))
-  new_width = max(resolution, round(width * resolution / shorter))
+  new_height, new_width = _resized(height, width, resolution)
   if (new_height, new_width) != (height, width):
     image = Image.fromarray(pixels)
     image = image.resize((new_width, new_height), Image.Resampling.LANCZOS)

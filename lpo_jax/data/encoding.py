@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,41 @@ from lpo_jax.errors import UserError, unknown_name
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers clips here when it samples the posterior
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 WHOLE = records.Share()
+# Sequence of image records -> how an image is shown to the VAE for it.
+VIEWS = {"moments": decoding.as_it_is, "mirrored": decoding.mirror}
+BATCHES_AHEAD = 3  # being decoded while one is encoded
+
+
+@dataclasses.dataclass
+class Speed:
+  """Where the time of encoding images went, in seconds; of this run alone.
+
+  Attributes:
+    images: images decoded.
+    decoding: summed over the threads.
+    threads: how many decode.
+    waiting: the encoder had nothing to do, because no batch was decoded.
+    total: from the first image to the last.
+    encode_rate: images/s of one call of the encoder that was timed by itself.
+  """
+
+  images: int = 0
+  decoding: float = 0.0
+  threads: int = 1
+  waiting: float = 0.0
+  total: float = 0.0
+  encode_rate: float = 0.0
+
+  def as_dict(self) -> dict[str, float]:
+    """Returns images/s of each part, and the share of the time spent waiting."""
+    return {
+      "images": self.images,
+      "images_per_second": self.images / max(self.total, 1e-9),
+      "decode_images_per_second": self.threads * self.images / max(self.decoding, 1e-9),
+      "encode_images_per_second": self.encode_rate,
+      "decode_threads": self.threads,
+      "waiting_share": self.waiting / max(self.total, 1e-9),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +69,16 @@ class ImageJob:
     encode: [batch_size, H, W, 3] uint8 -> moments [batch_size, h, w, 2c].
     resolution: side in pixels that images are brought to.
     batch_size: images per call of `encode`; the last call is padded to it.
+    max_pixels: of an image; larger ones are not decoded.
+    speed: gets what the job took.
   """
 
   read: Callable[[int], bytes]
   encode: Callable[[np.ndarray], Any]
   resolution: int
   batch_size: int
+  max_pixels: int = decoding.MAX_PIXELS
+  speed: Speed = dataclasses.field(default_factory=Speed)
 
 
 def write_images(
@@ -45,6 +88,7 @@ def write_images(
   *,
   max_bad: float,
   dtype: str = "float16",
+  view: str = "moments",
   share: records.Share = WHOLE,
 ) -> None:
   """Encodes the images that have no record yet.
@@ -55,23 +99,25 @@ def write_images(
     job: how to read and encode.
     max_bad: share of the images that may be unusable before the job stops.
     dtype: "float16" or "bfloat16", of the records.
+    view: a name in `VIEWS`, which is also that of the sequence of records.
     share: what this process does of it.
 
   Raises:
-    UserError: too many bad images, or an unknown dtype.
+    UserError: too many bad images, an unknown dtype, or the disk is full.
   """
-  storage = _dtype(dtype)
+  storage = storage_dtype(dtype)
   shards = records.write_shards(
     folder,
-    "moments",
+    view,
     uids,
-    lambda positions: _image_records(positions, uids, job, storage),
+    lambda positions: image_records(positions, uids, job, storage, VIEWS[view]),
     share,
   )
   bad: list[tuple[str, str]] = []
-  for shard in shards:
-    bad += shard.refused
-    refuse_too_many(folder, bad, max_bad, len(uids))
+  with contextlib.closing(shards):
+    for shard in shards:
+      bad += shard.refused
+      refuse_too_many(folder, bad, max_bad, len(uids))
 
 
 def refuse_too_many(
@@ -122,67 +168,114 @@ def write_prompts(
   Raises:
     UserError: an encoder gives values that are not finite in `dtype`.
   """
-  storage = _dtype(dtype)
+  storage = storage_dtype(dtype)
 
-  def produce(positions: range) -> Iterator[records.Record]:
-    for start in range(positions.start, positions.stop, batch_size):
-      batch = list(prompts[start : min(start + batch_size, positions.stop)])
-      states, pooled = encode(batch)
-      states = np.asarray(states)
-      about = {"prompt_embeds": list(states.shape[1:]), "pooled": None}
-      if pooled is not None:
-        pooled = np.asarray(pooled)
-        about["pooled"] = list(pooled.shape[1:])
-      for row, prompt in enumerate(batch):
-        parts = [states[row]] if pooled is None else [states[row], pooled[row]]
-        flat = np.concatenate([np.ravel(part) for part in parts])
-        with np.errstate(over="ignore"):
-          flat = flat.astype(storage)
-        if not np.isfinite(flat.astype(np.float32)).all():
-          raise UserError(
-            f"the text encoder gives values outside {storage.name} for the prompt "
-            f"{prompt!r}; check the weights under model.path."
-          )
-        yield records.Record(prompt, flat.tobytes(), about)
+  def produce(positions: Sequence[int]) -> Iterator[records.Record]:
+    for start in range(0, len(positions), batch_size):
+      batch = [prompts[p] for p in positions[start : start + batch_size]]
+      yield from prompt_records(batch, encode, storage)
 
   for _ in records.write_shards(folder, "prompts", prompts, produce, share):
     pass
 
 
-def _dtype(name: str) -> np.dtype:
+def prompt_records(
+  prompts: list[str], encode: Callable[[list[str]], Any], storage: np.dtype
+) -> Iterator[records.Record]:
+  """Encodes prompts in one call: one record each, in order.
+
+  Raises:
+    UserError: values that are not finite in `storage`.
+  """
+  states, pooled = encode(prompts)
+  states = np.asarray(states)
+  about = {"prompt_embeds": list(states.shape[1:]), "pooled": None}
+  if pooled is not None:
+    pooled = np.asarray(pooled)
+    about["pooled"] = list(pooled.shape[1:])
+  for row, prompt in enumerate(prompts):
+    parts = [states[row]] if pooled is None else [states[row], pooled[row]]
+    flat = np.concatenate([np.ravel(part) for part in parts])
+    with np.errstate(over="ignore"):
+      flat = flat.astype(storage)
+    if not np.isfinite(flat.astype(np.float32)).all():
+      raise UserError(
+        f"the text encoder gives values outside {storage.name} for the prompt "
+        f"{prompt!r}; check the weights under model.path."
+      )
+    yield records.Record(prompt, flat.tobytes(), about)
+
+
+def storage_dtype(name: str) -> np.dtype:
+  """Returns the dtype of records called so.
+
+  Raises:
+    UserError: an unknown name.
+  """
   if name not in DTYPES:
-    raise unknown_name("cache dtype", name, DTYPES)
+    raise unknown_name("data.cache_dtype", name, DTYPES)
   return DTYPES[name]
 
 
-def _image_records(positions, uids, job, storage) -> Iterator[records.Record]:
+def image_records(
+  positions: Sequence[int],
+  uids: Sequence[str],
+  job: ImageJob,
+  storage: np.dtype,
+  view: Callable[[decoding.PreparedImage], decoding.PreparedImage] = decoding.as_it_is,
+) -> Iterator[records.Record]:
   """Reads, decodes and encodes the images at `positions`: one record each, in order."""
-  # The device works on one batch while the host decodes the next.
-  encoding: tuple[list, Any] | None = None
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    for batch in _decoded_batches(positions, uids, job, pool):
+  began = time.perf_counter()
+  calls, encoding = 0, None
+  with contextlib.closing(decoded_batches(positions, uids, job, view)) as batches:
+    for batch in batches:
       good = [image.pixels for _, image in batch if not isinstance(image, str)]
       moments = None
       if good:
         padding = [good[-1]] * (job.batch_size - len(good))
-        moments = job.encode(np.stack(good + padding))
+        images = np.stack(good + padding)
+        # The first call may compile, the second is timed; from then on the device works
+        # on one batch while the host prepares the next.
+        moments = _timed(job, images) if calls < 2 else job.encode(images)
+        calls += 1
       if encoding is not None:
         yield from _moments_records(*encoding, storage)
       encoding = batch, moments
+      job.speed.total += time.perf_counter() - began
+      began = time.perf_counter()
   if encoding is not None:
     yield from _moments_records(*encoding, storage)
+  job.speed.total += time.perf_counter() - began
 
 
-def _decoded_batches(positions, uids, job, pool):
-  """Yields lists of (uid, PreparedImage or reason), at most batch_size each."""
+def _timed(job: ImageJob, images: np.ndarray) -> np.ndarray:
+  began = time.perf_counter()
+  moments = np.asarray(job.encode(images))
+  job.speed.encode_rate = len(images) / max(time.perf_counter() - began, 1e-9)
+  return moments
 
-  def prepare(data: bytes | str) -> decoding.PreparedImage | str:
+
+def decoded_batches(
+  positions: Sequence[int],
+  uids: Sequence[str],
+  job: ImageJob,
+  view: Callable[[decoding.PreparedImage], decoding.PreparedImage] = decoding.as_it_is,
+) -> Iterator[list[tuple[str, decoding.PreparedImage | str]]]:
+  """Yields lists of (uid, image or the reason against it), at most batch_size each.
+
+  One thread reads ahead, as many as there are cores decode. Decoders and resizing let
+  go of Python's lock; processes were slower, for they must copy the pixels.
+  """
+
+  def prepare(data: bytes | str) -> tuple[decoding.PreparedImage | str, float]:
     if isinstance(data, str):
-      return data
+      return data, 0.0
+    began = time.perf_counter()
     try:
-      return decoding.prepare(data, job.resolution)
+      image = view(decoding.prepare(data, job.resolution, max_pixels=job.max_pixels))
     except decoding.BadImage as error:
-      return str(error)
+      image = str(error)
+    return image, time.perf_counter() - began
 
   def read(position: int) -> bytes | str:
     try:
@@ -190,14 +283,65 @@ def _decoded_batches(positions, uids, job, pool):
     except (OSError, KeyError, ValueError) as error:
       return f"cannot be read: {type(error).__name__}: {error}"
 
-  ahead: list[list] = []
-  for start in range(positions.start, positions.stop, job.batch_size):
-    batch = range(start, min(start + job.batch_size, positions.stop))
-    ahead.append([(uids[p], pool.submit(prepare, read(p))) for p in batch])
-    if len(ahead) > 1:
-      yield [(uid, future.result()) for uid, future in ahead.pop(0)]
-  for batch in ahead:
-    yield [(uid, future.result()) for uid, future in batch]
+  def batches() -> Iterator[list]:
+    for start in range(0, len(positions), job.batch_size):
+      batch = positions[start : start + job.batch_size]
+      yield [(uids[p], pool.submit(prepare, read(p))) for p in batch]
+
+  job.speed.threads = threads = os.cpu_count() or 1
+  pool = concurrent.futures.ThreadPoolExecutor(threads)
+  with pool, contextlib.closing(_read_ahead(batches, BATCHES_AHEAD)) as ahead:
+    while True:
+      began = time.perf_counter()
+      batch = next(ahead, None)
+      if batch is None:
+        return
+      done = [(uid, *future.result()) for uid, future in batch]
+      job.speed.waiting += time.perf_counter() - began
+      job.speed.images += len(done)
+      job.speed.decoding += sum(seconds for *_, seconds in done)
+      yield [(uid, image) for uid, image, _ in done]
+
+
+def _read_ahead(make: Callable[[], Iterable[Any]], count: int) -> Iterator[Any]:
+  """Yields what `make()` does, which runs in a thread and at most `count` ahead."""
+  made: queue.Queue[tuple[str, Any]] = queue.Queue()
+  room = threading.Semaphore(count)
+  stopped = threading.Event()
+
+  def run() -> None:
+    try:
+      values = iter(make())
+      while True:
+        room.acquire()
+        if stopped.is_set():
+          return
+        made.put(("value", next(values)))
+    except StopIteration:
+      made.put(("end", None))
+    except BaseException as error:  # whatever it is, it belongs to the consumer
+      made.put(("error", error))
+
+  thread = threading.Thread(target=run, daemon=True)
+  thread.start()
+  try:
+    while True:
+      kind, value = made.get()
+      if kind == "error":
+        raise value
+      if kind == "end":
+        return
+      room.release()
+      yield value
+  finally:
+    stopped.set()
+    room.release()
+    thread.join()
+
+
+def facts(image: decoding.PreparedImage) -> dict[str, list[int]]:
+  """Returns what is written down beside the record of an image."""
+  return {"original_size": list(image.original_size), "crop": list(image.crop)}
 
 
 def _moments_records(batch, moments, storage) -> Iterator[records.Record]:
@@ -215,9 +359,5 @@ def _moments_records(batch, moments, storage) -> Iterator[records.Record]:
     if not np.isfinite(stored.astype(np.float32)).all():
       yield records.Record(uid, None, "the VAE gives values that are not finite")
       continue
-    about = {
-      "moments": list(stored.shape),
-      "original_size": list(image.original_size),
-      "crop": list(image.crop),
-    }
+    about = {"moments": list(stored.shape), **facts(image)}
     yield records.Record(uid, stored.tobytes(), about)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import hashlib
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,10 +17,17 @@ import jax
 import numpy as np
 
 from lpo_jax.data.cache import Cache
-from lpo_jax.errors import UserError
+from lpo_jax.data.draws import Draws, Part
+from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.types import Batch, Conditioning, Ranking
 
 LOOK_AHEAD = 256  # how far behind the oldest unused list a filler may be found
+# data.flip -> what one coin decides for: (list key, epoch, item) -> name of the coin.
+FLIPS: dict[str, Callable[[int, int, int], str] | None] = {
+  "off": None,
+  "list": lambda list_id, epoch, item: f"{list_id}/{epoch}",
+  "independent": lambda list_id, epoch, item: f"{list_id}/{epoch}/{item}",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +151,7 @@ class Batches:
     images_per_update: int,
     seed: int,
     caption_dropout: float = 0.0,
+    flip: str = "off",
     time_ids: str = "resolution",
     process_index: int = 0,
     process_count: int = 1,
@@ -153,10 +160,12 @@ class Batches:
     """Starts before the first update.
 
     Args:
-      cache: an opened cache.
+      cache: an opened cache, or a mixture of several.
       images_per_update: S, the number of slots.
       seed: of the order and of caption dropout.
       caption_dropout: probability that a list is trained under the empty prompt.
+      flip: "off"; "list" mirrors all images of a list or none, with probability 1/2;
+        "independent" decides image by image.
       time_ids: what SDXL is told about sizes; see `Cache.conditioning`.
       process_index: this process.
       process_count: P; this process reads slots index * S/P and the S/P - 1 after it.
@@ -175,11 +184,16 @@ class Batches:
       )
     if not 0 <= caption_dropout <= 1:
       raise UserError(f"caption_dropout={caption_dropout} must be between 0 and 1.")
+    if flip not in FLIPS:
+      raise unknown_name("data.flip", flip, FLIPS)
+    if FLIPS[flip] and not cache.has_mirrored:
+      raise UserError(f"data.flip={flip!r}, but {cache.folder} has no mirrored images.")
     self._updates = _Updates(
       cache,
       slots=images_per_update,
       seed=seed,
       caption_dropout=caption_dropout,
+      coin=FLIPS[flip],
       time_ids=time_ids,
       share=(process_index, process_count),
     )
@@ -223,7 +237,7 @@ class Batches:
 
   @property
   def epochs_seen(self) -> float:
-    """How often each list was seen on average in the batches given so far."""
+    """How often a list was seen on average in the batches given so far."""
     state = self._state
     used = state["position"] - len(state["pending"])
     return used / self.lists_per_epoch
@@ -234,6 +248,17 @@ class Batches:
     state = self._state
     slots = state["updates"] * self.batch_spec.item.shape[0]
     return state["filled"] / slots if slots else 1.0
+
+  @property
+  def drawn(self) -> dict[str, dict[str, float]]:
+    """Source -> lists drawn from it so far, their share, and the source's epochs."""
+    state, parts = self._state, self._updates.parts
+    counts = self._updates.draws.counts(state["position"], state["pending"])
+    total = max(sum(counts), 1)
+    return {
+      part.name: {"lists": n, "share": n / total, "epochs": n / part.count}
+      for part, n in zip(parts, counts, strict=True)
+    }
 
   def close(self) -> None:
     """Ends the thread; no batch can be taken afterwards."""
@@ -248,12 +273,11 @@ def _close(iterators: list) -> None:
 class _Updates:
   """The same endless iterator without a thread; its state is the next update's."""
 
-  def __init__(self, cache, *, slots, seed, caption_dropout, time_ids, share):
-    import grain
-
+  def __init__(self, cache, *, slots, seed, caption_dropout, coin, time_ids, share):
     lists = cache.lists
     self._cache, self._lists, self._seed = cache, lists, int(seed)
-    self._caption_dropout, self._time_ids = caption_dropout, time_ids
+    self._caption_dropout, self._coin = caption_dropout, coin
+    self._time_ids = time_ids
     self._lengths = np.diff(lists.offsets)
     self.lists_per_epoch = len(self._lengths)
     if not self.lists_per_epoch:
@@ -270,13 +294,10 @@ class _Updates:
     self._longest = longest
     index, count = share
     self._share = slice(index * slots // count, (index + 1) * slots // count)
-    order = grain.MapDataset.range(self.lists_per_epoch)
-    order = order.seed(self._seed % 2**32).shuffle().repeat()
-    # Asked about thrice per place: when looked at, when taken, when laid out.
-    self._list_at = functools.lru_cache(maxsize=1 << 14)(lambda at: int(order[at]))
+    self.parts, self.draws = cache.parts, Draws(cache.parts, self._seed)
     self._packer = Packer(self._lengths, slots)
     self._progress = Progress()
-    self._digest = _lists_digest(lists)
+    self._digest = _lists_digest(lists, cache.parts)
     self.batch_spec = self._spec()
 
   def __next__(self) -> Batch:
@@ -304,7 +325,7 @@ class _Updates:
     self._progress = Progress(**{**fields, "pending": tuple(state["pending"])})
 
   def _length_at(self, position: int) -> int:
-    return int(self._lengths[self._list_at(position)])
+    return int(self._lengths[self.draws.at(position).index])
 
   def _assemble(self, plan: Plan) -> Batch:
     lists, slots = self._lists, self._slots
@@ -319,15 +340,16 @@ class _Updates:
     weight = np.zeros(self._rows, np.float32)
     start = 0
     for row, position in enumerate(plan.positions):
-      index, epoch = self._list_at(position), position // self.lists_per_epoch
+      draw = self.draws.at(position)
+      index, epoch = draw.index, draw.epoch
       items = slice(int(lists.offsets[index]), int(lists.offsets[index + 1]))
       length = items.stop - items.start
       here = slice(start, start + length)
       list_id = int(lists.list_id[index])
-      image[here] = lists.image[items]
+      image[here] = lists.image[items] + self._mirrored(list_id, epoch, length)
       prompt[here] = lists.prompt[index]
       if self._drops_caption(list_id, epoch):
-        prompt[here] = self._cache.null_prompt
+        prompt[here] = self._cache.null_prompts[draw.part]
       identity[here] = list_id, epoch
       item[here] = slot[row, :length] = np.arange(length)
       slot[row, :length] += start
@@ -350,10 +372,22 @@ class _Updates:
     )
 
   def _drops_caption(self, list_id: int, epoch: int) -> bool:
+    return self._happens(self._caption_dropout, f"caption_dropout/{list_id}/{epoch}")
+
+  def _mirrored(self, list_id: int, epoch: int, length: int) -> np.ndarray:
+    """[length] what to add to an image's index to get the view that is shown."""
+    add = np.zeros(length, np.int64)
+    if self._coin:
+      names = [f"flip/{self._coin(list_id, epoch, item)}" for item in range(length)]
+      shown = [self._happens(0.5, name) for name in names]
+      add[shown] = self._cache.image_count
+    return add
+
+  def _happens(self, probability: float, name: str) -> bool:
     """Decides by identity, so that neither packing nor a resume changes it."""
-    name = f"{self._seed}/caption_dropout/{list_id}/{epoch}".encode()
-    draw = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
-    return draw < self._caption_dropout * 2**64
+    text = f"{self._seed}/{name}".encode()
+    draw = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+    return draw < probability * 2**64
 
   def _spec(self) -> Batch:
     manifest, slots = self._cache.manifest, self._slots
@@ -383,9 +417,11 @@ class _Updates:
     )
 
 
-def _lists_digest(lists) -> str:
+def _lists_digest(lists: Any, parts: Sequence[Part]) -> str:
   """Short hash of the lists: the order is a function of them and of the seed."""
   digest = hashlib.sha256()
   for column in (lists.list_id, lists.offsets, lists.image, lists.rank):
     digest.update(np.ascontiguousarray(column).tobytes())
+  if len(parts) > 1:
+    digest.update(repr(parts).encode())
   return digest.hexdigest()[:16]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import threading
@@ -89,14 +90,37 @@ class Share:
     return {i: range(i * size, min((i + 1) * size, total)) for i in mine}
 
 
+@contextlib.contextmanager
+def _saying_why(path: str | os.PathLike) -> Iterator[None]:
+  """Turns what a full disk or a forbidden folder raises into a refusal.
+
+  What the failed write left behind is removed: on a full disk it is in the way.
+  """
+  try:
+    yield
+  except (OSError, RuntimeError) as error:  # RuntimeError is array_record's
+    with contextlib.suppress(OSError):
+      Path(f"{path}.partial").unlink(missing_ok=True)
+    raise UserError(
+      f"cannot write {path}: {error}. Expected a folder that can be written to, with "
+      "room left. Nothing that was finished before is lost: make room, or point "
+      "data.cache (or --workdir) elsewhere, and give the same command again."
+    ) from error
+
+
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-  """Writes `data` so that a reader finds all of it under `path`, or nothing new."""
+  """Writes `data` so that a reader finds all of it under `path`, or nothing new.
+
+  Raises:
+    UserError: the disk is full, or the folder cannot be written to.
+  """
   partial = Path(f"{path}.partial")
-  with open(partial, "wb") as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
+  with _saying_why(path):
+    with open(partial, "wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -122,8 +146,11 @@ def only_writer(folder: str | os.PathLike, process_index: int = 0) -> Iterator[N
   """
   import fcntl
 
-  Path(folder).mkdir(parents=True, exist_ok=True)
-  with open(Path(folder) / f".lock-{process_index}", "w") as file:
+  path = Path(folder) / f".lock-{process_index}"
+  with _saying_why(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")  # noqa: SIM115
+  with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -140,7 +167,7 @@ def write_shards(
   folder: str | os.PathLike,
   name: str,
   keys: Sequence[str],
-  produce: Callable[[range], Iterable[Record]],
+  produce: Callable[[Sequence[int]], Iterable[Record]],
   share: Share,
 ) -> Iterator[Shard]:
   """Writes the shards that are still missing, and yields every shard in order.
@@ -149,50 +176,75 @@ def write_shards(
     folder: where the files go.
     name: what the file names begin with.
     keys: all keys, the same list in every run and process.
-    produce: gives the records of a range of positions in `keys`, one per key, in order.
+    produce: gives the records of positions in `keys`, one per key, in order. Asked once
+      for all that is missing, so that it may work ahead over the end of a shard.
     share: what this process does of it.
 
   Yields:
     The shards of this process, finished ones without work.
-  """
-  from array_record.python import array_record_module
 
+  Raises:
+    UserError: the disk is full, or the folder cannot be written to.
+  """
   folder = Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  for index, positions in share.ranges(len(keys)).items():
+  with _saying_why(folder / name):
+    folder.mkdir(parents=True, exist_ok=True)
+  ranges = share.ranges(len(keys))
+  found = {}
+  for index, positions in ranges.items():
     done = read_shard(folder, name, index)
     if done and _holds(done, [keys[p] for p in positions]):
-      share.progress(len(positions), False)
-      yield done
-      continue
-    path = folder / f"{_stem(name, index)}.array_record"
-    _description(folder, name, index).unlink(missing_ok=True)
-    partial = f"{path}.partial"
-    kept, refused = [], []
+      found[index] = done
+  missing = [p for i, positions in ranges.items() if i not in found for p in positions]
+
+  def records() -> Iterator[Record]:
+    yield from produce(missing) if missing else ()
+
+  with contextlib.closing(records()) as stream:
+    for index, positions in ranges.items():
+      if index in found:
+        share.progress(len(positions), False)
+        yield found[index]
+        continue
+      _description(folder, name, index).unlink(missing_ok=True)
+      batch = itertools.islice(stream, len(positions))
+      shard = _write_shard(folder / f"{_stem(name, index)}.array_record", batch, share)
+      described = json.dumps(dataclasses.asdict(shard), ensure_ascii=False)
+      write_atomically(_description(folder, name, index), described.encode())
+      yield shard
+
+
+def _write_shard(path: Path, batch: Iterable[Record], share: Share) -> Shard:
+  """Writes one shard's records; it is not finished before it is described."""
+  from array_record.python import array_record_module
+
+  partial = f"{path}.partial"
+  kept, refused = [], []
+  with _saying_why(path):
     writer = array_record_module.ArrayRecordWriter(partial, _WRITE_OPTIONS)
-    try:
-      for record in produce(positions):
-        if record.data is None:
-          refused.append((record.key, str(record.about)))
-        else:
+  try:
+    for record in batch:
+      if record.data is None:
+        refused.append((record.key, str(record.about)))
+      else:
+        with _saying_why(path):
           writer.write(record.data)
-          kept.append(record)
-        share.progress(1, True)
-    finally:
+        kept.append(record)
+      share.progress(1, True)
+  finally:
+    with _saying_why(path):  # the writer keeps what went wrong to itself until now
       writer.close()
+  with _saying_why(path):
     with open(partial, "rb") as file:
       os.fsync(file.fileno())
     os.replace(partial, path)
-    shard = Shard(
-      file=path.name,
-      size=path.stat().st_size,
-      keys=[r.key for r in kept],
-      about=[r.about for r in kept],
-      refused=refused,
-    )
-    described = json.dumps(dataclasses.asdict(shard), ensure_ascii=False)
-    write_atomically(_description(folder, name, index), described.encode())
-    yield shard
+  return Shard(
+    file=path.name,
+    size=path.stat().st_size,
+    keys=[r.key for r in kept],
+    about=[r.about for r in kept],
+    refused=refused,
+  )
 
 
 def read_shard(folder: str | os.PathLike, name: str, index: int) -> Shard | None:

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lpo_jax import console, generation, parallel, pretrained
+from lpo_jax import console, parallel, pretrained
 from lpo_jax.data import (
   cache,
   decoding,
   encoding,
   fingerprints,
   lists,
+  live,
+  pipeline,
   records,
   sources,
 )
-from lpo_jax.errors import UserError
+from lpo_jax.data import manifest as manifests
+from lpo_jax.data.mixture import Mixture
+from lpo_jax.errors import StoppedEarly, UserError, unknown_name
+from lpo_jax.jobs import encoders
+from lpo_jax.jobs.stops import StopRequests
 
-PIXELS_PER_CALL = 8 * 512 * 512  # per device: what fits beside the VAE in 16 GB
-PROMPTS_PER_CALL = 32
-DTYPE = "float16"  # of the records; 8 times finer than bfloat16, and wide enough
+LOOK_EVERY_S = 0.5  # for requests to stop
 # The settings in `data` that lists depend on -> the parameters of `lists.build`.
 LIST_SETTINGS = {
   "strategy": "strategy",
@@ -34,62 +38,141 @@ LIST_SETTINGS = {
   "group_by": "group_by",
   "ties": "ties",
   "weight": "weight",
+  "tie_tolerance": "tie_tolerance",
 }
+# What sources of a mixture may differ in, besides their share.
+SOURCE_KEYS = (
+  *("path", "source", "split", "images", "cache", "max_bad_images"),
+  *LIST_SETTINGS,
+)
 NETWORKS = ("vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
-def run(config: Any, workdir: str) -> None:
-  """Brings the cache up to date with the config; does nothing if it is.
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """One source of lists and where its cache is.
+
+  Attributes:
+    name: what the mixture calls it; "" without a mixture.
+    share: how many lists are drawn from it, in proportion to the others.
+    config: the config as if this source were the only one.
+    folder: of the cache; None if there is to be none.
+  """
+
+  name: str
+  share: Any
+  config: Any
+  folder: Path | None
+
+
+def run(config: Any, workdir: str | os.PathLike) -> None:
+  """Brings the caches up to date with the config; does nothing if they are.
 
   Args:
     config: the resolved config; `data` and `model.path` are read.
-    workdir: where the cache goes unless `data.cache` says otherwise.
+    workdir: where a cache goes unless `data.cache` says otherwise.
 
   Raises:
-    UserError: the source cannot be used, or the folder has another cache.
+    UserError: a source cannot be used, or a folder has another cache.
+    StoppedEarly: a signal or a STOP file; finished shards are kept.
   """
-  folder = cache_dir(config, workdir)
-  expected = expectation(config)
-  settings = list_settings(config)
+  stop = StopRequests(Path(workdir), max_minutes=0, began=time.monotonic())
+  with stop:
+    for place in places(config, workdir):
+      if place.name:
+        console.say(f"source {place.name}: {place.config.data.path}")
+      if place.folder is None:
+        console.say("data.cache=None: nothing is stored; --job train encodes by itself")
+      else:
+        _bring_up_to_date(place.config, place.folder, stop)
+
+
+def _bring_up_to_date(config: Any, folder: Path, stop: StopRequests) -> None:
+  expected, settings = expectation(config), list_settings(config)
   key = cache.lists_key(settings)
-  manifest = cache.read_manifest(folder)
+  manifest = manifests.read(folder)
   if manifest is not None:
-    cache.refuse_differences(folder, "cache", manifest, expected)
-  up_to_date = key in cache.known_lists(folder)
+    manifests.refuse_differences(folder, "cache", manifest, expected)
+  up_to_date = key in cache.known_lists(folder) and not _missing_views(config, manifest)
   parallel.barrier("cache looked at")  # before anyone writes what others look for
   if up_to_date:
     console.say(f"cache is up to date: {folder}")
     _summarise(folder, key)
     return
   source = _read_source(config)
-  built, report = lists.build(
-    source, **{LIST_SETTINGS[name]: value for name, value in settings.items()}
-  )
-  lists.refuse_empty(report)  # before hours of encoding
+  built, report = _build_lists(source, settings)  # before hours of encoding
   with records.only_writer(folder, jax.process_index()):
+    manifest = manifests.read(folder)  # another job may have finished it just now
+    parallel.barrier("cache looked at again")
     if manifest is None:
-      _encode(config, folder, source, expected)
+      _encode(config, folder, source, expected, stop)
+    else:
+      manifests.refuse_differences(folder, "cache", manifest, expected)
+    for view in _missing_views(config, manifests.read(folder)):
+      _encode_view(config, folder, source, view, stop)
     if parallel.is_main_process():
       cache.write_lists(folder, built, settings, report.as_dict())
     parallel.barrier("cache lists")
   _summarise(folder, key)
 
 
-def open_for(config: Any, workdir: str) -> cache.Cache:
-  """Opens the cache that `run` made for this config, and checks that it fits.
+def open_for(config: Any, workdir: str | os.PathLike) -> cache.Cache | Mixture:
+  """Opens the caches that `run` made for this config, and checks that they fit.
+
+  Without a cache (`data.cache=None`) the source is read, and encoded when needed.
 
   Raises:
     UserError: no cache, no such lists, or another model, size or source.
   """
-  key = cache.lists_key(list_settings(config))
-  folder = cache_dir(config, workdir)
-  return cache.open_cache(folder, key, expect=expectation(config))
+  opened, shares = {}, {}
+  for place in places(config, workdir):
+    shares[place.name] = place.share
+    if place.folder is None:
+      opened[place.name] = _open_source(place.config, Path(workdir))
+    else:
+      opened[place.name] = cache.open_cache(
+        place.folder,
+        cache.lists_key(list_settings(place.config)),
+        expect=expectation(place.config),
+        mirrored=bool(_views(place.config)),
+      )
+  return opened[""] if "" in opened else Mixture(opened, shares)
 
 
-def cache_dir(config: Any, workdir: str) -> Path:
-  """Where the cache is: `data.cache`, or `cache` in the workdir if that is empty."""
-  return Path(config.data.cache or Path(workdir) / "cache")
+def places(config: Any, workdir: str | os.PathLike) -> list[Place]:
+  """The sources of a config: those of `data.mixture`, else the one in `data`.
+
+  A cache is in `data.cache`, or in `cache` in the workdir if that is empty; those of a
+  mixture in folders of their names below.
+
+  Raises:
+    UserError: a key that a source cannot have, or a source without a share.
+  """
+  folder = config.data.cache
+  if folder is not None:
+    folder = Path(folder or Path(workdir) / "cache")
+  if not config.data.mixture:
+    return [Place("", 1, config, folder)]
+  found = []
+  for name, own in sorted(config.data.mixture.items()):
+    for key in own:
+      if key not in (*SOURCE_KEYS, "share"):
+        raise unknown_name(f"key of data.mixture.{name}", key, (*SOURCE_KEYS, "share"))
+    if "share" not in own:
+      raise UserError(
+        f"data.mixture.{name} has no share; give the number of lists that are drawn "
+        "from it in proportion to the other sources."
+      )
+    alone = config.copy_and_resolve_references()
+    with alone.unlocked():
+      alone.data.mixture = {}
+      alone.data.update({key: own[key] for key in own if key != "share"})
+    where = folder / name if folder else None
+    if "cache" in own:
+      where = Path(own.cache) if own.cache else None
+    found.append(Place(name, own.share, alone, where))
+  return found
 
 
 def list_settings(config: Any) -> dict[str, Any]:
@@ -103,125 +186,271 @@ def expectation(config: Any) -> dict[str, Any]:
   The source is compared by its files where they are at hand, else by its name: a
   training machine need not hold the images.
   """
-  path = Path(config.model.path)
+  path = pretrained.local_folder(config.model.path)
   networks = [name for name in NETWORKS if name == "vae" or (path / name).is_dir()]
-  prints = {name: pretrained.fingerprint(path, name) for name in networks}
+  used = {"vae": _vae_use(config)} | dict.fromkeys(NETWORKS[1:], _text_use(config))
+  prints = {name: pretrained.fingerprint(path, name) + used[name] for name in networks}
   for name in TOKENIZERS:
     if (path / name).is_dir():
       prints[name] = fingerprints.of_contents(path / name)
-  files = fingerprints.of_source(config.data.path)
-  named = {"files": files} if files else {"path": str(config.data.path)}
+  named = _named(config)
   return {
-    "format": cache.FORMAT,
+    "format": manifests.FORMAT,
     "fingerprints": prints,
+    "dtype": config.data.cache_dtype,
     "preprocessing": {
       "resolution": config.data.resolution,
+      "max_pixels": config.data.max_pixels,
       **decoding.PREPROCESSING,
     },
     "source": {**named, "split": config.data.get("split")},
   }
 
 
+def _named(config: Any, *, both: bool = False) -> dict[str, str | None]:
+  """The source's files, or its name where they are not at hand (or both), by key."""
+  named: dict[str, str | None] = {}
+  keys = {"path": ("files", "path"), "images": ("image_files", "images")}
+  for key, (files, name) in keys.items():
+    if not config.data.get(key):
+      continue
+    found = fingerprints.of_source(config.data[key])
+    if found or both:
+      named[files] = found
+    if not found or both:
+      named[name] = str(config.data[key])
+  return named
+
+
+def _vae_use(config: Any) -> str:
+  """Says, behind the fingerprint, when images are encoded in tiles."""
+  tile = config.model.vae_tile
+  return f" tile={tile}" if 0 < tile < config.data.resolution else ""
+
+
+def _text_use(config: Any) -> str:
+  """Says, behind the fingerprint, which layers are left out."""
+  return f" clip_skip={config.model.clip_skip}" if config.model.clip_skip else ""
+
+
 def _read_source(config: Any):
   data = config.data
-  source = sources.read(data.path, source=data.source, split=data.get("split"))
+  opened = sources.open(
+    data.path, data.source, split=data.get("split"), images=data.get("images")
+  )
+  sources.refuse_training(opened)
+  source = opened.read()
+  if getattr(source, "source_image", None) is not None:
+    raise UserError(
+      f"{data.path} holds edits ({opened.kind.about}), and training does not show the "
+      "image to edit to the model yet. Use --job inspect on it, or another source."
+    )
   if source.images is None:
     raise UserError(
-      f"{data.path} holds judgements but no images; data.path must name a source with "
-      "both, or with the files its image paths point to."
+      f"{data.path} holds judgements but no images. Set data.images to where they are "
+      "(parquet files, archives or a folder), or data.path to a source with both."
     )
   return source
 
 
-def _encode(
-  config: Any, folder: Path, source: Any, expected: Mapping[str, Any]
-) -> None:
-  """Writes the record store, this process its share of the shards."""
-  encode, batch_size = _image_encoder(config)
+def _build_lists(source: Any, settings: Mapping[str, Any]):
+  """Builds lists of the images that are there.
+
+  Raises:
+    UserError: no list came out, or none with images.
+  """
+  built, report = lists.build(
+    source, **{LIST_SETTINGS[name]: value for name, value in settings.items()}
+  )
+  lists.refuse_empty(report)
+  absent = int(np.sum(~source.images.present))
+  if absent:
+    kept, lost = cache.drop_missing(built, np.where(source.images.present, 0, -1))
+    console.say(
+      f"{absent} of {source.images.count} images are not in data.images; of "
+      f"{len(built)} lists {len(kept)} are left ({lost})"
+    )
+    if not len(kept):
+      raise UserError(
+        f"{absent} of {source.images.count} images are not in data.images, and no list "
+        "has two of the others. Check that it has the images of these labels, by name."
+      )
+    built = kept
+  return built, report
+
+
+def _views(config: Any) -> list[str]:
+  """The views of the images that are needed besides the plain one.
+
+  Raises:
+    UserError: an unknown policy.
+  """
+  flip = config.data.flip
+  if flip not in pipeline.FLIPS:
+    raise unknown_name("data.flip", flip, pipeline.FLIPS)
+  return ["mirrored"] if pipeline.FLIPS[flip] else []
+
+
+def _missing_views(config: Any, manifest: Mapping[str, Any] | None) -> list[str]:
+  shards = manifest["shards"] if manifest else {}
+  return [view for view in _views(config) if view not in shards]
+
+
+def _contents(source: Any) -> tuple[np.ndarray, list[str]]:
+  """What is encoded of a source.
+
+  Returns:
+    Indices of the images, in file order; the prompts, the empty one first.
+  """
   uses = (
     [source.image] if hasattr(source, "image") else [source.image_a, source.image_b]
   )
   used = source.images.file_order(np.unique(np.concatenate(uses)))
-  uids = [source.image_uids[i] for i in used]
   texts = [source.prompts[i] for i in np.unique(source.prompt)]
-  prompts = list(dict.fromkeys(["", *texts]))
-  path = str(config.data.path)
-  expected = {**expected, "dtype": DTYPE}
-  names = {"path": path, "files": fingerprints.of_source(path)}
+  return used, list(dict.fromkeys(["", *texts]))
+
+
+def _encode(
+  config: Any,
+  folder: Path,
+  source: Any,
+  expected: Mapping[str, Any],
+  stop: StopRequests,
+) -> None:
+  """Writes the record store, this process its share of the shards."""
+  data = config.data
+  encoding.storage_dtype(data.cache_dtype)  # refused before anything is loaded
+  used, prompts = _contents(source)
+  uids = [source.image_uids[i] for i in used]
+  job = encoders.image_job(config, source, used)
+  names = _named(config, both=True)
   identity = {**expected, "source": {**expected["source"], **names}}
   if parallel.is_main_process():
-    cache.begin(folder, identity, expect=expected)
+    manifests.begin(folder, identity, expect=expected)
   parallel.barrier("cache begun")
 
-  job = encoding.ImageJob(
-    read=lambda position: source.images.read(int(used[position])),
-    encode=encode,
-    resolution=config.data.resolution,
-    batch_size=batch_size,
+  share = _share("encoding images", "images", len(uids), folder, stop)
+  encoding.write_images(
+    folder,
+    uids,
+    job,
+    max_bad=data.max_bad_images,
+    dtype=data.cache_dtype,
+    share=share,
   )
-  max_bad = config.data.max_bad_images
-  share = _share("encoding images", "images", len(uids))
-  encoding.write_images(folder, uids, job, max_bad=max_bad, dtype=DTYPE, share=share)
+  _say_speed(job.speed)
   encoding.write_prompts(
     folder,
     prompts,
-    _prompt_encoder(config),
-    batch_size=PROMPTS_PER_CALL,
-    dtype=DTYPE,
-    share=_share("encoding prompts", "prompts", len(prompts)),
+    encoders.prompt_encoder(config),
+    batch_size=encoders.PROMPTS_PER_CALL,
+    dtype=data.cache_dtype,
+    share=_share("encoding prompts", "prompts", len(prompts), folder, stop),
   )
   parallel.barrier("cache records")
   if parallel.is_main_process():
     count = {"moments": len(uids), "prompts": len(prompts)}
     shards = {k: records.shard_count(n, share.shard_size) for k, n in count.items()}
-    notes = {"source": config.data.source, "dropped_rows": dict(source.dropped)}
-    cache.finish(folder, identity, shards=shards, max_bad=max_bad, notes=notes)
-
-
-def _image_encoder(config: Any) -> tuple[Callable[[np.ndarray], jax.Array], int]:
-  """Returns uint8 images -> moments on all local devices, and its batch size.
-
-  fp32 throughout: the records outlive the run, and SDXL's VAE overflows in fp16.
-  """
-  vae = pretrained.load(config.model.path, "vae", dtype=jnp.float32)
-  resolution = config.data.resolution
-  factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-  if resolution % factor:
-    raise UserError(
-      f"data.resolution={resolution} must be a multiple of {factor}, the number of "
-      "pixels per latent of this VAE."
+    notes = {
+      "source": data.source,
+      "dropped_rows": dict(source.dropped),
+      "moments": job.speed.as_dict(),
+    }
+    manifests.finish(
+      folder, identity, shards=shards, max_bad=data.max_bad_images, notes=notes
     )
-  mesh = parallel.make_mesh(devices=jax.local_devices())
-  params = jax.device_put(vae.params, parallel.replicated(mesh))
-  by_image = parallel.by_slot(mesh)
-
-  @jax.jit
-  def moments(params, images):
-    return vae.encode(params, images.astype(jnp.float32) / 127.5 - 1.0)
-
-  def encode(images: np.ndarray) -> jax.Array:
-    return moments(params, jax.device_put(images, by_image))
-
-  per_device = max(PIXELS_PER_CALL // resolution**2, 1)
-  per_device = min(per_device, 4) if jax.default_backend() == "cpu" else per_device
-  return encode, per_device * len(jax.local_devices())
+  parallel.barrier("cache manifest")
 
 
-def _prompt_encoder(config: Any) -> Callable[[list[str]], tuple[np.ndarray, Any]]:
-  """Returns prompts -> (prompt_embeds, pooled or None), in fp32 for the same reason."""
-  conditioner = generation.TextConditioner(
-    config.model.path, dtype=jnp.float32, batch_size=PROMPTS_PER_CALL
+def _encode_view(
+  config: Any, folder: Path, source: Any, view: str, stop: StopRequests
+) -> None:
+  """Adds another view of the images that the finished cache has."""
+  data = config.data
+  shards = manifests.read(folder)["shards"]["moments"]
+  uids = records.Records(folder, "moments", shards).keys
+  index = {uid: i for i, uid in enumerate(source.image_uids)}
+  job = encoders.image_job(config, source, [index[uid] for uid in uids])
+  share = _share(f"encoding {view} images", "images", len(uids), folder, stop)
+  encoding.write_images(
+    folder,
+    uids,
+    job,
+    max_bad=data.max_bad_images,
+    dtype=data.cache_dtype,
+    view=view,
+    share=share,
   )
-  return conditioner.encode
+  _say_speed(job.speed)
+  parallel.barrier(f"cache {view}")
+  if parallel.is_main_process():
+    count = records.shard_count(len(uids), share.shard_size)
+    manifests.add_view(folder, view, shards=count, notes=job.speed.as_dict())
+  parallel.barrier(f"cache {view} noted")
 
 
-def _share(label: str, unit: str, total: int) -> records.Share:
-  """This process's part of the shards, with a progress line."""
+def _open_source(config: Any, workdir: Path) -> cache.Cache:
+  """Reads a source that is encoded when it is needed, and says what that means."""
+  data = config.data
+  source = _read_source(config)
+  settings = list_settings(config)
+  built, _ = _build_lists(source, settings)
+  used, prompts = _contents(source)
+  console.say(
+    f"data.cache=None: {len(used)} images are kept in memory and encoded here"
+  )
+  return live.open_images(
+    built,
+    [source.image_uids[i] for i in used],
+    prompts,
+    encoders.image_job(config, source, used),
+    encoders.prompt_encoder(config),
+    folder=workdir,
+    max_bad=data.max_bad_images,
+    dtype=data.cache_dtype,
+  )
+
+
+def _share(
+  label: str, unit: str, total: int, folder: Path, stop: StopRequests
+) -> records.Share:
+  """This process's part of the shards, with a progress line that listens for a stop."""
   share = records.Share(
     process_index=jax.process_index(), process_count=jax.process_count()
   )
   mine = sum(len(positions) for positions in share.ranges(total).values())
-  return dataclasses.replace(share, progress=_Meter(label, mine, unit))
+  meter = _Meter(label, mine, unit)
+  looked = time.monotonic()
+
+  def progress(count: int, fresh: bool) -> None:
+    nonlocal looked
+    meter(count, fresh)
+    if time.monotonic() - looked < LOOK_EVERY_S:
+      return
+    looked = time.monotonic()
+    reason = stop.reason_here()
+    if reason:
+      if jax.process_count() == 1:
+        stop.forget()
+      raise StoppedEarly(
+        f"{reason} while {label}: finished shards are kept in {folder}. The same "
+        "command goes on from there."
+      )
+
+  return dataclasses.replace(share, progress=progress)
+
+
+def _say_speed(speed: encoding.Speed) -> None:
+  """Says what was done in a second, and who waited for whom."""
+  if not speed.images:
+    return
+  values = speed.as_dict()
+  console.say(
+    f"images: {values['images_per_second']:.1f}/s; decoding could do "
+    f"{values['decode_images_per_second']:.0f}/s with {speed.threads} thread(s), encoding "
+    f"{values['encode_images_per_second']:.1f}/s with {len(jax.local_devices())} "
+    f"device(s); encoding waited for decoding {values['waiting_share']:.1%} of the time"
+  )
 
 
 class _Meter:
@@ -250,14 +479,15 @@ class _Meter:
 
 def _summarise(folder: Path, key: str) -> None:
   """Says what the cache holds and what its lists cost."""
-  manifest = cache.read_manifest(folder)
-  described = records.read_json(folder / f"lists-{key}.json")
+  manifest = manifests.read(folder)
+  described = cache.lists_manifest(folder, key)
   counts, report = manifest["counts"], described["report"]
   size = sum(p.stat().st_size for p in folder.glob("*.array_record")) / 1e6
   shape = "x".join(map(str, manifest["moments"]["shape"]))
   bad = f", {counts['bad_images']} bad (bad_images.jsonl)" * bool(counts["bad_images"])
+  views = "".join(f" and {v}" for v in encoding.VIEWS if f"not_{v}" in counts)
   console.say(
-    f"records: {counts['images']} images{bad}, {counts['prompts']} prompts; moments "
+    f"records: {counts['images']} images{bad}, {counts['prompts']} prompts; moments{views} "
     f"{shape} {manifest['dtype']}, {size:.1f} MB in {folder}"
   )
   lost = described["lost"]

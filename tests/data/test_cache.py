@@ -3,18 +3,26 @@
 import dataclasses
 import io
 import json
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lpo_jax.data import cache, encoding, fingerprints, records
+from lpo_jax.data import (
+  cache,
+  decoding,
+  encoding,
+  fingerprints,
+  manifest,
+  records,
+)
 from lpo_jax.data.lists import RankedLists
 from lpo_jax.errors import UserError
 
 RESOLUTION = 8
 IDENTITY = {
-  "format": cache.FORMAT,
+  "format": manifest.FORMAT,
   "dtype": "float16",
   "fingerprints": {"vae": "aaaa", "text_encoder": "bbbb"},
   "preprocessing": {"resolution": RESOLUTION},
@@ -55,11 +63,11 @@ def _job(read=lambda i: _picture(i)[0], encode=_moments):
 
 def _build(folder, *, job=None, text=_text, identity=IDENTITY, max_bad=0.5, **options):
   job = job or _job()
-  cache.begin(folder, identity)
+  manifest.begin(folder, identity)
   encoding.write_images(folder, UIDS, job, max_bad=max_bad, share=SHARE, **options)
   encoding.write_prompts(folder, PROMPTS, text, batch_size=2, share=SHARE, **options)
   shards = {"moments": 3, "prompts": 1}
-  return cache.finish(folder, identity, shards=shards, max_bad=max_bad)
+  return manifest.finish(folder, identity, shards=shards, max_bad=max_bad)
 
 
 def _lists(rows, uids=UIDS, prompts=("a dog", "a cat")):
@@ -84,12 +92,12 @@ SETTINGS = {"strategy": "paths", "max_list_size": 8}
 
 
 def test_round_trip(tmp_path):
-  manifest = _build(tmp_path)
+  built = _build(tmp_path)
   cache.write_lists(tmp_path, _lists(ROWS), SETTINGS, {"judgements_total": 3})
   opened = cache.open_cache(tmp_path, expect={"fingerprints": {"vae": "aaaa"}})
-  assert opened.manifest == json.loads(json.dumps(manifest))
-  assert manifest["moments"]["shape"] == [2, 2, 4]
-  assert manifest["counts"] == {"images": 7, "bad_images": 0, "prompts": 3}
+  assert opened.manifest == json.loads(json.dumps(built))
+  assert built["moments"]["shape"] == [2, 2, 4]
+  assert built["counts"] == {"images": 7, "bad_images": 0, "prompts": 3}
   assert opened.lists.image_uids == UIDS
   expected = _moments(np.stack([_picture(i)[1] for i in (5, 0, 5)]))
   got = opened.moments([5, 0, 5])
@@ -104,9 +112,10 @@ def test_round_trip(tmp_path):
   assert opened.lists.score.tolist() == [0, 0.5, 0, 0.5, 0.5]
   assert opened.lists.weight.tolist() == [1, 2]
   assert opened.lists.list_id.tolist() == [100, 101]
-  assert opened.null_prompt == 0
+  assert opened.null_prompts == (0,)
   np.testing.assert_array_equal(opened.prompt_embeds([2, 0]), _text(["a dog", ""])[0])
-  assert opened.lists_manifest["report"] == {"judgements_total": 3}
+  described = cache.lists_manifest(tmp_path, cache.lists_key(SETTINGS))
+  assert described["report"] == {"judgements_total": 3}
   opened.close()
 
 
@@ -142,7 +151,7 @@ def test_storage_precision(tmp_path, dtype, error):
   expected = _moments(_picture(3)[1][None])[0, ..., :2]
   got = cache.open_cache(tmp_path).moments([3])[0, ..., :2]
   assert (np.abs(got - expected) <= error * np.abs(expected)).all()
-  with pytest.raises(UserError, match="unknown cache dtype"):
+  with pytest.raises(UserError, match=r"unknown data\.cache_dtype"):
     encoding.write_images(tmp_path, UIDS, _job(), max_bad=0, dtype="float8")
 
 
@@ -179,15 +188,15 @@ def test_stopped_half_way_continues_to_the_same_cache(tmp_path):
 
 def test_unfinished_work_of_another_model_is_refused(tmp_path):
   other = {**IDENTITY, "fingerprints": {"vae": "zzzz", "text_encoder": "bbbb"}}
-  cache.begin(tmp_path, other)
-  cache.begin(tmp_path, IDENTITY)  # nothing was encoded yet: a new beginning
+  manifest.begin(tmp_path, other)
+  manifest.begin(tmp_path, IDENTITY)  # nothing was encoded yet: a new beginning
   encoding.write_images(tmp_path, UIDS, _job(), max_bad=0, share=SHARE)
   with pytest.raises(UserError, match=r"unfinished cache.*fingerprints\.vae.*'zzzz'"):
-    cache.begin(tmp_path, other)
-  cache.begin(tmp_path, IDENTITY)
+    manifest.begin(tmp_path, other)
+  manifest.begin(tmp_path, IDENTITY)
   # Of a key that is not expected (the path), a change is no difference.
   moved = {**IDENTITY, "source": {"path": "elsewhere", "files": "cccc"}}
-  cache.begin(tmp_path, moved, expect={"source": {"files": "cccc"}})
+  manifest.begin(tmp_path, moved, expect={"source": {"files": "cccc"}})
   assert len(list(tmp_path.glob("moments-*.array_record"))) == 3
 
 
@@ -216,8 +225,8 @@ def test_differences_are_refused_by_name(tmp_path):
 
 
 def test_future_format_is_refused(tmp_path):
-  manifest = _build(tmp_path)
-  records.write_json(tmp_path / "manifest.json", {**manifest, "format": 99})
+  built = _build(tmp_path)
+  records.write_json(tmp_path / "manifest.json", {**built, "format": 99})
   with pytest.raises(UserError, match="format: this run has 1, found 99"):
     cache.open_cache(tmp_path)
 
@@ -237,8 +246,8 @@ def test_bad_images_are_written_down_and_leave_the_lists(tmp_path):
       raise FileNotFoundError("gone.jpg")
     return b"not an image" if position == 0 else _picture(position)[0]
 
-  manifest = _build(tmp_path, job=_job(read))
-  assert manifest["counts"]["bad_images"] == 2
+  built = _build(tmp_path, job=_job(read))
+  assert built["counts"]["bad_images"] == 2
   lines = (tmp_path / "bad_images.jsonl").read_text().splitlines()
   bad = {entry["uid"]: entry["reason"] for entry in map(json.loads, lines)}
   assert set(bad) == {"img0", "img4"}
@@ -288,10 +297,12 @@ def test_too_many_bad_images_stop_the_job(tmp_path):
 
 def test_too_many_bad_images_stop_early(tmp_path):
   read = []
+  uids = [f"img{i}" for i in range(90)]
   job = _job(lambda i: read.append(i) or b"junk")
-  with pytest.raises(UserError, match="3 of 7 images"):
-    _build(tmp_path, job=job, max_bad=0.2)
-  assert max(read) < 3
+  with pytest.raises(UserError, match="3 of 90 images"):
+    encoding.write_images(tmp_path, uids, job, max_bad=0.02, share=SHARE)
+  # One shard, and what was on its way by then.
+  assert max(read) < 3 + job.batch_size * (encoding.BATCHES_AHEAD + 2)
 
 
 def test_nothing_usable(tmp_path):
@@ -401,3 +412,89 @@ def test_user_column_follows(tmp_path):
   assert kept.user.tolist() == [1]
   none = dataclasses.replace(lists, user=None)
   assert cache.drop_missing(none, record)[0].user is None
+
+
+def test_a_reader_that_fails_fails_the_job(tmp_path):
+  """What the reading thread raises is not lost, and no thread stays behind."""
+  threads = threading.active_count()
+
+  def read(position):
+    if position == 5:
+      raise UserError("the file is gone")
+    return _picture(position)[0]
+
+  with pytest.raises(UserError, match="the file is gone"):
+    _build(tmp_path, job=_job(read))
+  assert threading.active_count() == threads
+
+
+def test_speed_adds_up(tmp_path):
+  job = _job()
+  _build(tmp_path, job=job)
+  speed = job.speed.as_dict()
+  assert speed["images"] == 7
+  assert 0 <= speed["waiting_share"] <= 1
+  assert speed["decode_images_per_second"] > speed["images_per_second"] > 0
+  assert speed["encode_images_per_second"] > 0
+
+
+def _with_views(folder, **options):
+  """A cache with both views; images 8 x 20 before the crop, which takes 6 off each end."""
+  job = _job(lambda i: _picture(i, 16, 40)[0])
+  built = _build(folder, job=job, text=_text_and_pooled)
+  uids = [uid for uid in UIDS if uid not in options.get("without", ())]
+  again = _job(lambda i: _picture(UIDS.index(uids[i]), 16, 40)[0])
+  encoding.write_images(folder, uids, again, max_bad=0, view="mirrored", share=SHARE)
+  manifest.add_view(folder, "mirrored", shards=-(-len(uids) // 3), notes={"x": 1})
+  cache.write_lists(folder, _lists(ROWS), SETTINGS)
+  return built
+
+
+def test_mirrored_view(tmp_path):
+  built = _with_views(tmp_path)
+  stored = manifest.read(tmp_path)
+  assert stored["shards"] == {"moments": 3, "prompts": 1, "mirrored": 3}
+  assert stored["counts"] == {**built["counts"], "not_mirrored": 0}
+  assert stored["notes"]["mirrored"] == {"x": 1}
+  plain = cache.open_cache(tmp_path)
+  opened = cache.open_cache(tmp_path, mirrored=True)
+  assert not plain.has_mirrored and opened.has_mirrored and opened.image_count == 7
+  # Index i + 7 is image i mirrored; the stand-in VAE averages 4 x 4 pixels.
+  got = opened.moments([3, 10, 3])
+  np.testing.assert_array_equal(got[1], got[0][:, ::-1])
+  np.testing.assert_array_equal(got[2], got[0])
+  np.testing.assert_array_equal(plain.moments([3])[0], got[0])
+
+
+def test_mirrored_crop_counts_from_the_other_side(tmp_path):
+  # 16 x 41 is halved to 8 x 20 (41/2 rounds to the even 20): 6 off the left, 6 off the
+  # right; 16 x 42 to 8 x 21: 6 off the left, 7 off the right.
+  for width, left, mirrored in ((41, 6, 6), (42, 6, 7)):
+    image = decoding.prepare(_picture(0, 16, width)[0], 8)
+    other = decoding.mirror(image)
+    assert (image.crop, other.crop) == ((0, left), (0, mirrored))
+    np.testing.assert_array_equal(other.pixels, image.pixels[:, ::-1])
+    assert other.original_size == (16, width)
+
+
+def test_image_without_mirrored_record_stays_as_it_is(tmp_path):
+  _with_views(tmp_path, without=("img2",))
+  assert manifest.read(tmp_path)["counts"]["not_mirrored"] == 1
+  opened = cache.open_cache(tmp_path, mirrored=True)
+  got = opened.moments([2, 9, 10, 3])
+  np.testing.assert_array_equal(got[1], got[0])
+  np.testing.assert_array_equal(got[2], got[3][:, ::-1])
+
+
+def test_cache_without_mirrored_view_is_refused_where_it_is_needed(tmp_path):
+  _build(tmp_path)
+  cache.write_lists(tmp_path, _lists(ROWS), SETTINGS)
+  with pytest.raises(UserError, match=r"has no mirrored images, which data\.flip"):
+    cache.open_cache(tmp_path, mirrored=True)
+
+
+def test_mirrored_leftovers_of_unknown_origin_are_removed(tmp_path):
+  _with_views(tmp_path)
+  (tmp_path / "manifest.json").unlink()
+  manifest.begin(tmp_path, IDENTITY)
+  assert not list(tmp_path.glob("mirrored-*"))

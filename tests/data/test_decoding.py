@@ -1,6 +1,9 @@
 """Every kind of picture people have on disk, and every kind of broken one."""
 
 import io
+import struct
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -95,6 +98,86 @@ def test_exif_orientation_is_applied():
   assert got.pixels[0].mean() > 250 and got.pixels[-1].mean() < 5
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_orientations_are_turned_upright(orientation):
+  """As a browser shows them; the size that SDXL is told is the upright one."""
+  corners = np.zeros((16, 16, 3), np.uint8)
+  corners[:8, :8], corners[:8, 8:], corners[8:, :8] = 240, 160, 80
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  # How a camera stores the upright picture under each value of the tag.
+  stored = {
+    1: corners,
+    2: corners[:, ::-1],
+    3: corners[::-1, ::-1],
+    4: corners[::-1],
+    5: corners.transpose(1, 0, 2),
+    6: np.rot90(corners, 1),
+    7: corners[::-1, ::-1].transpose(1, 0, 2),
+    8: np.rot90(corners, -1),
+  }[orientation]
+  for kind, options in (("JPEG", {"quality": 100, "subsampling": 0}), ("PNG", {})):
+    data = _bytes(
+      Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options
+    )
+    got = decoding.prepare(data, 16).pixels[[3, 3, 12, 12], [3, 12, 3, 12], 0]
+    np.testing.assert_allclose(got.astype(int), [240, 160, 80, 0], atol=3)
+
+
+def _png16(pixels, colour):
+  """A 16-bit PNG, which Pillow cannot write; colour 0 grey, 2 RGB, 6 RGBA."""
+
+  def chunk(name, data):
+    check = struct.pack(">I", zlib.crc32(name + data))
+    return struct.pack(">I", len(data)) + name + data + check
+
+  height, width = pixels.shape[:2]
+  rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+  header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+  return (
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", header)
+    + chunk(b"IDAT", zlib.compress(rows))
+    + chunk(b"IEND", b"")
+  )
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_16_bits_are_scaled_not_clipped(colour, channels):
+  pixels = np.zeros((8, 8, channels), np.uint16)
+  pixels[..., 0] = 0x1234
+  pixels[4:, :, 0] = 0xFEDC
+  if colour in (4, 6):
+    pixels[..., -1] = 0xFFFF
+  got = decoding.prepare(_png16(pixels, colour), 8).pixels
+  assert (got[:4, :, 0] == 0x12).all() and (got[4:, :, 0] == 0xFE).all()
+  np.testing.assert_array_equal(got[..., 2], got[..., 0] if channels < 3 else 0)
+
+
+def test_16_bits_of_other_formats():
+  grey = np.full((8, 8), 0x8000, np.uint16)
+  tiff = _bytes(Image.fromarray(grey), "TIFF")
+  pgm = b"P5 8 8 65535\n" + grey.astype(">u2").tobytes()
+  for data in (tiff, pgm):
+    np.testing.assert_array_equal(decoding.prepare(data, 8).pixels, 128)
+
+
+@pytest.mark.parametrize(
+  ("dtype", "reason"), [(np.int32, "32-bit"), (np.float32, "flo")]
+)
+def test_pixels_without_a_range_are_refused(dtype, reason):
+  data = _bytes(Image.fromarray(np.full((8, 8), 1 << 20, dtype)), "TIFF")
+  with pytest.raises(decoding.BadImage, match=f"{reason}.* have no known range"):
+    decoding.prepare(data, 8)
+
+
+def test_one_pixel():
+  data = _bytes(Image.new("RGB", (1, 1), (9, 8, 7)))
+  got = decoding.prepare(data, 16)
+  np.testing.assert_array_equal(got.pixels, np.full((16, 16, 3), (9, 8, 7), np.uint8))
+  assert (got.original_size, got.crop) == ((1, 1), (0, 0))
+
+
 @pytest.mark.parametrize(
   ("data", "reason"),
   [
@@ -102,8 +185,15 @@ def test_exif_orientation_is_applied():
     (b"<html>not found</html>", "cannot be decoded"),
     (_bytes(Image.fromarray(_noise(64, 64)), "JPEG")[:900], "cannot be decoded"),
     (_bytes(Image.fromarray(_noise(64, 64)))[:900], "cannot be decoded"),
+    (_bytes(Image.fromarray(_noise(64, 64)), "WEBP")[:900], "cannot be decoded"),
+    (_bytes(Image.fromarray(_noise(64, 64)), "JPEG")[:100], "cannot be decoded"),
+    (_bytes(Image.fromarray(_noise(64, 64)))[:30], "cannot be decoded"),
+    (_bytes(Image.fromarray(_noise(64, 64)), "WEBP")[:20], "cannot be decoded"),
   ],
-  ids=["empty", "html", "cut-jpeg", "cut-png"],
+  ids=[
+    *("empty", "html", "cut-jpeg", "cut-png", "cut-webp"),
+    *("jpeg-header", "png-header", "webp-header"),
+  ],
 )
 def test_broken_images_say_why(data, reason):
   with pytest.raises(decoding.BadImage, match=reason):
@@ -117,3 +207,25 @@ def test_bombs_are_refused_before_decoding():
   thin = _bytes(Image.new("1", (1, 4000)))
   with pytest.raises(decoding.BadImage, match="too long and thin"):
     decoding.prepare(thin, 64, max_pixels=1_000_000)
+
+
+def test_huge_pictures_are_refused_by_their_header():
+  """20,000 x 20,000 from a few bytes: nothing is allocated, and the limit is ours."""
+  header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+  data = (
+    b"\x89PNG\r\n\x1a\n"
+    + struct.pack(">I", 13)
+    + b"IHDR"
+    + header
+    + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    + struct.pack(">I", 9)
+    + b"IDAT"
+  )
+  tracemalloc.start()
+  with pytest.raises(decoding.BadImage, match="20000 x 20000 pixels is more than the"):
+    decoding.prepare(data, 16)
+  assert tracemalloc.get_traced_memory()[1] < 1e6
+  tracemalloc.stop()
+  # With a higher limit Pillow, which has one of its own, has no say either.
+  with pytest.raises(decoding.BadImage, match=r"cannot be decoded: (?!Decompression)"):
+    decoding.prepare(data, 16, max_pixels=500_000_000)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from lpo_jax.data import pipeline
+from lpo_jax.data import draws, pipeline
 from lpo_jax.data.lists import RankedLists
 from lpo_jax.errors import UserError
 from lpo_jax.types import Batch, Conditioning
@@ -22,7 +22,8 @@ from lpo_jax.types import Batch, Conditioning
 class MemoryCache:
   """Stands in for `cache.Cache`: image i has moments i, prompt p has states p."""
 
-  null_prompt = 0
+  null_prompts = (0,)
+  has_mirrored = True  # image i + image_count has moments i + image_count
   folder = "memory"
 
   def __init__(self, lengths, pooled=False, seed=0):
@@ -46,6 +47,8 @@ class MemoryCache:
       prompts=["", *(f"p{i}" for i in range(len(lengths)))],
       image_uids=[f"i{i}" for i in range(items)],
     )
+    self.image_count = items
+    self.parts = (draws.Part("", len(lengths)),)
 
   def moments(self, indices):
     self.reads.append(np.asarray(indices))
@@ -316,20 +319,20 @@ def test_caption_dropout_is_by_list_and_epoch():
       slot = batch.slot[row, :4]
       assert len(set(states[slot])) == 1  # all items of a list or none
       key = tuple(int(v) for v in batch.identity[slot[0]])
-      dropped[key] = bool(states[slot[0]] == cache.null_prompt)
+      dropped[key] = bool(states[slot[0]] == cache.null_prompts[0])
   rate = np.mean(list(dropped.values()))
   assert abs(rate - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 1600)
   # The decision hangs on (seed, list, epoch): another packing changes nothing, ...
   for batch in _take(_batches(cache, 32, caption_dropout=0.25), 50):
     states = batch.conditioning.prompt_embeds[:, 0, 0]
     for key, state in zip(batch.identity.tolist(), states):
-      assert (state == cache.null_prompt) == dropped[tuple(key)]
+      assert (state == cache.null_prompts[0]) == dropped[tuple(key)]
   # ... another epoch does, and so does another seed.
   ids = [int(key) for key in cache.lists.list_id]
   assert any(dropped[i, 0] != dropped[i, 1] for i in ids)
   other = _take(_batches(cache, 64, caption_dropout=0.25, seed=1), 20)
   assert any(
-    (state == cache.null_prompt) != dropped[tuple(key)]
+    (state == cache.null_prompts[0]) != dropped[tuple(key)]
     for batch in other
     for key, state in zip(
       batch.identity.tolist(), batch.conditioning.prompt_embeds[:, 0, 0]
@@ -428,3 +431,81 @@ def test_no_lists():
   )
   with pytest.raises(UserError, match="here has no lists"):
     _batches(empty)
+
+
+def _views(cache, batches):
+  """(list key, epoch, item) -> whether the image came mirrored."""
+  seen = {}
+  for batch in batches:
+    for slot in batch.slot[batch.ranking.valid]:
+      key = (*batch.identity[slot].tolist(), int(batch.item[slot]))
+      seen[key] = bool(batch.moments[slot, 0, 0, 0] >= cache.image_count)
+  return seen
+
+
+def _by_list(views):
+  lists = collections.defaultdict(set)
+  for (list_id, epoch, _), mirrored in views.items():
+    lists[list_id, epoch].add(mirrored)
+  return lists
+
+
+def test_flip_of_a_list_is_one_coin():
+  cache = MemoryCache([4] * 400)
+  views = _views(cache, _take(_batches(cache, 64, flip="list"), 75))
+  lists = _by_list(views)
+  assert all(len(both) == 1 for both in lists.values())  # all images of a list or none
+  rate = np.mean([both == {True} for both in lists.values()])
+  assert abs(rate - 0.5) < 4 * np.sqrt(0.25 / 1200)
+  # By identity: another packing, another share of the slots, the same coins.
+  other = _views(cache, _take(_batches(cache, 32, flip="list"), 100))
+  assert all(views[key] == mirrored for key, mirrored in other.items() if key in views)
+  # Another epoch and another seed are other coins; so is the caption's.
+  ids = cache.lists.list_id.tolist()
+  assert any(lists[i, 0] != lists[i, 1] for i in ids)
+  again = _by_list(_views(cache, _take(_batches(cache, 64, flip="list", seed=1), 20)))
+  assert any(again[key] != lists[key] for key in again if key in lists)
+  batch = next(_batches(cache, 64, flip="list", caption_dropout=0.5))
+  dropped = batch.conditioning.prompt_embeds[:, 0, 0] == cache.null_prompts[0]
+  assert (dropped != (batch.moments[:, 0, 0, 0] >= cache.image_count)).any()
+
+
+def test_independent_flips_differ_within_a_list():
+  cache = MemoryCache([4] * 100)
+  views = _views(cache, _take(_batches(cache, 64, flip="independent"), 25))
+  lists = _by_list(views)
+  mixed = np.mean([len(both) == 2 for both in lists.values()])
+  assert abs(mixed - 7 / 8) < 0.15  # 1 - 2 / 2^4
+  assert abs(np.mean(list(views.values())) - 0.5) < 4 * np.sqrt(0.25 / 1600)
+
+
+def test_flip_off_and_unknown_flips():
+  cache = MemoryCache([4] * 20)
+  assert not any(_views(cache, _take(_batches(cache, 16), 5)).values())
+  with pytest.raises(
+    UserError, match=r"unknown data\.flip 'lists'; did you mean 'list'"
+  ):
+    _batches(cache, flip="lists")
+  cache.has_mirrored = False
+  with pytest.raises(UserError, match="'list', but memory has no mirrored images"):
+    _batches(cache, flip="list")
+
+
+def test_utilisation_on_the_papers_lengths():
+  """Diffusion-LPO says: 95 % of the lists have at most 8 images, and 56 % of the pairs
+  are in lists of more than two. With a geometric tail from three images on, these two
+  numbers leave one distribution: 84 % are pairs, and the tail falls by 0.824 an image.
+  """
+  rng = np.random.default_rng(0)
+  longer = 3 + rng.geometric(1 - 0.824, 60_000) - 1
+  lengths = np.where(rng.random(60_000) < 0.84, 2, longer)
+  pairs = lengths - 1  # a path of n images is n - 1 of them
+  assert np.mean(lengths <= 8) == pytest.approx(0.95, abs=0.005)
+  assert pairs[lengths > 2].sum() / pairs.sum() == pytest.approx(0.56, abs=0.01)
+  lengths = np.minimum(lengths, 8).tolist()
+  packer, progress = pipeline.Packer(lengths, 256), pipeline.Progress()
+  updates = sum(lengths) // 256 // 2
+  for _ in range(updates):
+    _, progress = packer.plan(progress, lengths.__getitem__)
+  assert progress.filled / (256 * updates) >= 0.98  # it is 1.0
+  assert len(progress.pending) <= pipeline.LOOK_AHEAD

@@ -151,3 +151,73 @@ def test_second_writer_is_refused(tmp_path):
     pass
   with records.only_writer(tmp_path):
     pass
+
+
+def test_full_disk_says_so_and_loses_nothing(tmp_path):
+  """A real refusal by the kernel, through the limit on the size of a file."""
+  code = textwrap.dedent(f"""
+    import resource
+    from lpo_jax.data import records
+    from lpo_jax.errors import UserError
+    def produce(positions):
+      for p in positions:
+        yield records.Record(f"k{{p}}", b"x" * (60_000 if p > 5 else 1000), None)
+    def write():
+      share = records.Share(shard_size=3)
+      keys = [f"k{{i}}" for i in range(9)]
+      return list(records.write_shards({str(tmp_path)!r}, "x", keys, produce, share))
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, most))
+    for attempt in (write, lambda: records.write_json({str(tmp_path / "big")!r}, "x" * 200_000)):
+      try:
+        attempt()
+      except UserError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    print(len(write()), "shards")
+  """)
+  run = [sys.executable, "-c", code]
+  done = subprocess.run(run, capture_output=True, text=True, check=False)
+  first, second, third = done.stdout.splitlines()
+  assert "x-00002.array_record: write() failed: File too large" in first
+  assert "make room" in first and "same command" in first
+  assert "big: [Errno 27]" in second
+  assert third == "3 shards"
+  assert len(records.Records(tmp_path, "x", 3)) == 9
+  names = {path.name for path in tmp_path.iterdir()}
+  assert names == {
+    f"x-0000{i}.{kind}" for i in range(3) for kind in ("array_record", "json")
+  }
+
+
+def test_forbidden_folder_says_so(tmp_path):
+  (tmp_path / "file").touch()
+  share = records.Share(shard_size=3)
+  for use in (
+    lambda folder: list(records.write_shards(folder, "x", KEYS, _produce, share)),
+    lambda folder: records.write_json(folder / "x.json", 1),
+    lambda folder: records.only_writer(folder).__enter__(),
+  ):
+    with pytest.raises(
+      UserError, match=r"cannot write .*file/folder.*Expected a folder"
+    ):
+      use(tmp_path / "file" / "folder")
+
+
+def test_work_goes_on_over_the_end_of_a_shard(tmp_path):
+  """One call for all that is missing, so that reading ahead does not stop there."""
+  asked = []
+
+  def produce(positions):
+    asked.append(list(positions))
+    yield from _produce(positions)
+
+  _write(tmp_path, produce)
+  assert asked == [list(range(11))]
+  (tmp_path / "x-00001.json").unlink()
+  asked.clear()
+  _write(tmp_path, produce)
+  assert asked == [[3, 4, 5]]
+  asked.clear()
+  _write(tmp_path, produce)
+  assert asked == []

@@ -2,18 +2,21 @@
 
 import io
 import json
+import os
+import signal
+import threading
 
+import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
 
-from lpo_jax import generation, models, pretrained
-from lpo_jax.data import cache as cache_lib
-from lpo_jax.data import pipeline, sources
-from lpo_jax.errors import UserError
-from lpo_jax.jobs import cache
+from lpo_jax import generation, main, models, pretrained
+from lpo_jax.configs import common
+from lpo_jax.data import manifest, pipeline, records, sources
+from lpo_jax.errors import StoppedEarly, UserError
+from lpo_jax.jobs import cache, encoders, inspect
 
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("transformers")
@@ -120,22 +123,12 @@ def model(tmp_path_factory):
 @pytest.fixture
 def config(model, tmp_path):
   _write_source(tmp_path / "source" / "train-0.parquet")
-  return ml_collections.ConfigDict(
-    {
-      "model": {"path": str(model), "dtype": "bfloat16"},
-      "data": {
-        "path": str(tmp_path / "source"),
-        "source": "auto",
-        "cache": "",
-        "strategy": "levels",
-        "max_list_size": 8,
-        "group_by": "prompt",
-        "ties": "keep",
-        "resolution": RESOLUTION,
-        "max_bad_images": 0.0,
-      },
-    }
-  )
+  config = common.get_config()
+  config.model.path = str(model)
+  config.data.path = str(tmp_path / "source")
+  config.data.resolution = RESOLUTION
+  config.data.max_bad_images = 0.0
+  return config
 
 
 @pytest.fixture
@@ -146,8 +139,8 @@ def no_encoding(monkeypatch):
     raise AssertionError("an encoder was loaded")
 
   def forbid():
-    monkeypatch.setattr(cache, "_image_encoder", refuse)
-    monkeypatch.setattr(cache, "_prompt_encoder", refuse)
+    monkeypatch.setattr(encoders, "image_encoder", refuse)
+    monkeypatch.setattr(encoders, "prompt_encoder", refuse)
 
   return forbid
 
@@ -159,6 +152,9 @@ def _stamps(folder):
 def test_from_parquet_to_batches(config, model, tmp_path, capsys):
   cache.run(config, str(tmp_path / "run"))
   said = capsys.readouterr().out
+  assert "encoding waited for decoding" in said
+  speed = manifest.read(tmp_path / "run" / "cache")["notes"]["moments"]
+  assert speed["images"] == 6 and speed["images_per_second"] > 0
   assert "records: 6 images, 3 prompts; moments 8x8x8 float16" in said
   assert "lists: 2 of 3.00 images on average (strategy levels" in said
   assert "4 of 4 judgements used" in said
@@ -189,7 +185,7 @@ def test_from_parquet_to_batches(config, model, tmp_path, capsys):
   assert pooled is None
   got = opened.prompt_embeds([lists.prompts.index(p) for p in prompts])
   np.testing.assert_allclose(got, states, rtol=2e-3, atol=2e-4)
-  assert lists.prompts[opened.null_prompt] == ""
+  assert lists.prompts[opened.null_prompts[0]] == ""
   batches = pipeline.Batches(opened, images_per_update=6, seed=0, prefetch=1)
   batch = next(batches)
   assert batch.moments.shape == (6, 8, 8, 8) and batches.utilisation == 1.0
@@ -241,6 +237,14 @@ def test_other_model_size_or_source_is_refused_by_name(config, model, tmp_path):
   changed.data.resolution = 32
   with pytest.raises(UserError, match=r"preprocessing\.resolution: this run has 32"):
     cache.run(changed, str(tmp_path))
+  for key, value, words in (
+    ("clip_skip", 1, r"fingerprints\.text_encoder: .* clip_skip=1'"),
+    ("vae_tile", 8, r"fingerprints\.vae: .* tile=8'"),
+  ):
+    changed = config.copy_and_resolve_references()
+    changed.model[key] = value
+    with pytest.raises(UserError, match=words):
+      cache.run(changed, str(tmp_path))
   _write_source(tmp_path / "source" / "train-1.parquet")
   with pytest.raises(UserError, match=r"source\.files"):
     cache.run(config, str(tmp_path))
@@ -263,18 +267,18 @@ def test_bad_image_is_dropped_and_recorded(config, tmp_path, capsys):
 
 
 def test_stopped_job_continues(config, tmp_path, monkeypatch, no_encoding):
-  real = cache._prompt_encoder
+  real = encoders.prompt_encoder
 
   def killed(config):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(cache, "_prompt_encoder", killed)
+  monkeypatch.setattr(encoders, "prompt_encoder", killed)
   with pytest.raises(KeyboardInterrupt):
     cache.run(config, str(tmp_path))
-  assert cache_lib.read_manifest(tmp_path / "cache") is None
+  assert manifest.read(tmp_path / "cache") is None
   before = _stamps(tmp_path / "cache")
   assert list(before) == ["moments-00000.array_record"]
-  monkeypatch.setattr(cache, "_prompt_encoder", real)
+  monkeypatch.setattr(encoders, "prompt_encoder", real)
   cache.run(config, str(tmp_path))
   after = _stamps(tmp_path / "cache")
   assert after["moments-00000.array_record"] == before["moments-00000.array_record"]
@@ -299,6 +303,237 @@ def test_ready_made_lists(config, tmp_path):
   ]
 
 
+def _take(config, workdir, count=4, **options):
+  opened = cache.open_for(config, workdir)
+  defaults = {"images_per_update": 6, "seed": 0, "prefetch": 0}
+  batches = pipeline.Batches(opened, **{**defaults, **options})
+  return [next(batches) for _ in range(count)], batches
+
+
+def _equal(a, b):
+  same = jax.tree.map(np.array_equal, a, b)
+  return all(jax.tree.leaves(same))
+
+
+def test_records_in_bfloat16(config, tmp_path):
+  config.data.cache_dtype = "bfloat16"
+  cache.run(config, tmp_path)
+  coarse = cache.open_for(config, tmp_path).moments(range(6))
+  assert manifest.read(tmp_path / "cache")["dtype"] == "bfloat16"
+  other = config.copy_and_resolve_references()
+  other.data.cache_dtype = "float16"
+  for use in (cache.run, cache.open_for):
+    with pytest.raises(
+      UserError, match="dtype: this run has 'float16', found 'bfloat16"
+    ):
+      use(other, tmp_path)
+  cache.run(other, tmp_path / "fine")
+  fine = cache.open_for(other, tmp_path / "fine").moments(range(6))
+  off = np.abs(coarse - fine) / np.maximum(np.abs(fine), 1e-6)
+  assert 1e-4 < off.max() < 2**-8  # bfloat16 has 8 bits
+  other.data.cache_dtype = "float8"
+  with pytest.raises(UserError, match=r"unknown data\.cache_dtype 'float8'"):
+    cache.run(other, tmp_path / "none")
+
+
+def test_mirrored_images_are_added_to_what_is_there(
+  config, tmp_path, monkeypatch, capsys
+):
+  cache.run(config, tmp_path)
+  before = _stamps(tmp_path / "cache")
+  config.data.flip = "list"
+  with pytest.raises(UserError, match="has no mirrored images"):
+    cache.open_for(config, tmp_path)
+  real = encoders.image_encoder
+
+  def dying(config):
+    def die(images):
+      raise KeyboardInterrupt
+
+    return die, real(config)[1]
+
+  monkeypatch.setattr(encoders, "image_encoder", dying)
+  with pytest.raises(KeyboardInterrupt):
+    cache.run(config, tmp_path)
+  plain = config.copy_and_resolve_references()
+  plain.data.flip = "off"
+  assert (
+    len(_take(plain, tmp_path)[0]) == 4
+  )  # what is finished can be read all the time
+  monkeypatch.setattr(encoders, "image_encoder", real)
+  monkeypatch.setattr(encoders, "prompt_encoder", lambda config: pytest.fail("again"))
+  cache.run(config, tmp_path)
+  after = _stamps(tmp_path / "cache")
+  assert {name: after[name] for name in before} == before
+  assert set(after) - set(before) == {"mirrored-00000.array_record"}
+  assert "moments and mirrored" in capsys.readouterr().out
+  # The mirrored record is what the VAE says about the mirrored picture.
+  opened = cache.open_for(config, tmp_path)
+  record = opened.lists.image_uids.index("u3")
+  vae = pretrained.load(config.model.path, "vae")
+  height = RESOLUTION + 12  # u3 is taller than wide: its centre is taken
+  pixels = np.asarray(IMAGES["u3"], np.float32)[6 : height - 6, ::-1] / 127.5 - 1
+  expected = vae.encode(vae.params, jnp.asarray(pixels)[None])
+  np.testing.assert_allclose(
+    opened.moments([record + 6]), np.asarray(expected), rtol=2e-3, atol=2e-4
+  )
+  batches, _ = _take(config, tmp_path, flip="list")
+  assert not _equal(batches, _take(plain, tmp_path)[0])
+  config.data.flip = "lists"
+  with pytest.raises(UserError, match=r"unknown data\.flip"):
+    cache.run(config, tmp_path)
+
+
+def test_no_cache_gives_the_same_batches(config, tmp_path, capsys):
+  _write_source(tmp_path / "source" / "train-0.parquet", bad=("u2",))
+  config.data.max_bad_images = 0.5
+  config.data.flip = "list"
+  cache.run(config, tmp_path)
+  options = {"flip": "list", "caption_dropout": 0.3, "time_ids": "original"}
+  stored, _ = _take(config, tmp_path, **options)
+  config.data.cache = None
+  cache.run(config, tmp_path / "other")
+  assert "data.cache=None: nothing is stored" in capsys.readouterr().out
+  assert not (tmp_path / "other" / "cache").exists()
+  live, _ = _take(config, tmp_path, **options)
+  assert _equal(stored, live)  # to the bit: the same networks, the same rounding
+  bad = (tmp_path / "bad_images.jsonl").read_text()
+  assert json.loads(bad)["uid"] == "u2"
+  # The command line can say it.
+  parsed = common.get_config()
+  main.override(parsed, "data.cache", "None")
+  assert parsed.data.cache is None
+
+
+@pytest.fixture
+def mixed(config, tmp_path):
+  """A mixture of the parquet file and of a ready-made list."""
+  folder = tmp_path / "lists"
+  folder.mkdir()
+  for uid, image in IMAGES.items():
+    image.save(folder / f"{uid}.png")
+  row = {"prompt": "a tree", "images": ["u3.png", "u1.png"], "ranks": [1, 0]}
+  (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
+  people = {"share": 3, "path": config.data.path}
+  with config.unlocked():
+    config.data.mixture = {
+      "people": people,
+      "ours": {"share": 1, "path": str(folder), "strategy": "paths"},
+    }
+  config.data.path = ""
+  return config
+
+
+def test_mixture(mixed, tmp_path, no_encoding, capsys):
+  cache.run(mixed, tmp_path)
+  assert {p.parent.name for p in (tmp_path / "cache").glob("*/manifest.json")} == {
+    "people",
+    "ours",
+  }
+  batches, taken = _take(mixed, tmp_path, count=40)
+  drawn = taken.drawn
+  assert set(drawn) == {"people", "ours"}
+  assert drawn["people"]["share"] == pytest.approx(0.75, abs=0.01)
+  assert drawn["ours"]["epochs"] == drawn["ours"]["lists"]  # it has one list
+  # A source may be without a cache, or have one of its own; the numbers are the same.
+  with mixed.unlocked():
+    mixed.data.mixture.ours.cache = None
+    mixed.data.mixture.people.cache = str(tmp_path / "cache" / "people")
+  mixed.data.cache = str(tmp_path / "nowhere")
+  assert _equal(batches, _take(mixed, tmp_path, count=40)[0])
+  no_encoding()
+  mixed.data.mixture.ours.cache = str(tmp_path / "cache" / "ours")
+  cache.run(mixed, tmp_path)
+  assert capsys.readouterr().out.count("cache is up to date") == 2
+
+
+def test_mixture_refusals(mixed, tmp_path):
+  with mixed.unlocked():
+    mixed.data.mixture.ours.pth = "x"
+  with pytest.raises(UserError, match=r"key of data\.mixture\.ours 'pth'.*'path'"):
+    cache.run(mixed, tmp_path)
+  with mixed.unlocked():
+    mixed.data.mixture.ours = {"path": "x"}
+  with pytest.raises(UserError, match=r"data\.mixture\.ours has no share"):
+    cache.run(mixed, tmp_path)
+
+
+def test_inspect_of_a_mixture(mixed, tmp_path):
+  found = inspect.run(mixed, tmp_path)
+  assert found["people"]["judgements"]["judgements_total"] == 4
+  assert found["ours"]["images"]["count"] == 2
+  assert (tmp_path / "ours" / "data_report.html").exists()
+
+
+def test_signal_stops_resumably(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(cache, "LOOK_EVERY_S", 0)
+  real = encoders.image_encoder
+
+  def interrupted(config):
+    encode, batch_size = real(config)
+
+    def call(images):
+      os.kill(os.getpid(), signal.SIGTERM)
+      return encode(images)
+
+    return call, batch_size
+
+  monkeypatch.setattr(encoders, "image_encoder", interrupted)
+  handler = signal.getsignal(signal.SIGTERM)
+  threads = threading.active_count()
+  with pytest.raises(StoppedEarly, match=r"SIGTERM while encoding images: finished"):
+    cache.run(config, tmp_path)
+  assert signal.getsignal(signal.SIGTERM) == handler
+  assert threading.active_count() == threads
+  assert manifest.read(tmp_path / "cache") is None
+  monkeypatch.setattr(encoders, "image_encoder", real)
+  (tmp_path / "STOP").touch()
+  with pytest.raises(StoppedEarly, match=r"found .*STOP while encoding images"):
+    cache.run(config, tmp_path)
+  cache.run(config, tmp_path)  # the file is gone: the same command goes on
+  assert len(cache.open_for(config, tmp_path).lists) == 2
+
+
+def test_two_jobs_on_one_folder(config, tmp_path, monkeypatch):
+  with (
+    records.only_writer(tmp_path / "cache"),
+    pytest.raises(UserError, match="another process is writing"),
+  ):
+    cache.run(config, tmp_path)
+  assert not list((tmp_path / "cache").glob("*.array_record"))
+  # The other job may also finish between our first look and our turn.
+  real = cache.lists.refuse_empty
+
+  def other_job_finishes(report):
+    real(report)
+    monkeypatch.setattr(cache.lists, "refuse_empty", real)
+    cache.run(config, tmp_path)
+    monkeypatch.setattr(
+      encoders, "image_encoder", lambda _: pytest.fail("encoded twice")
+    )
+
+  monkeypatch.setattr(cache.lists, "refuse_empty", other_job_finishes)
+  cache.run(config, tmp_path)
+  assert len(cache.open_for(config, tmp_path).lists) == 2
+
+
+def test_folder_that_cannot_be_written(config):
+  config.data.cache = "/proc/lpo_jax"
+  with pytest.raises(UserError, match=r"cannot write /proc/lpo_jax.*data\.cache"):
+    cache.run(config, "/proc/lpo_jax")
+
+
+def test_large_images_are_bad_images(config, tmp_path):
+  config.data.max_pixels = 16 * 30  # u4 has 16 x 32, u5 has 16 x 36
+  config.data.max_bad_images = 0.5
+  cache.run(config, tmp_path)
+  lines = (tmp_path / "cache" / "bad_images.jsonl").read_text().splitlines()
+  assert {json.loads(line)["uid"] for line in lines} == {"u4", "u5"}
+  config.data.max_pixels = 1000
+  with pytest.raises(UserError, match=r"preprocessing\.max_pixels: this run has 1000"):
+    cache.run(config, tmp_path)
+
+
 def test_refusals(config, tmp_path, no_encoding):
   config.data.resolution = 15
   with pytest.raises(UserError, match=r"data.resolution=15 must be a multiple of 2"):
@@ -308,3 +543,68 @@ def test_refusals(config, tmp_path, no_encoding):
   _write_source(tmp_path / "source" / "train-0.parquet", judgements=only_a_tie)
   with pytest.raises(UserError, match="no ranked list could be built"):
     cache.run(config, str(tmp_path / "fresh"))
+
+
+def _split_source(config, tmp_path, have):
+  """Moves the source's labels into one file and some of its images into a folder."""
+  import pyarrow.parquet as pq
+
+  labels, images = tmp_path / "labels" / "train-0.parquet", tmp_path / "images"
+  labels.parent.mkdir()
+  images.mkdir()
+  table = pq.read_table(config.data.path)
+  pq.write_table(table.drop_columns(["jpg_0", "jpg_1"]), labels)
+  for uid in have:
+    (images / f"{uid}.png").write_bytes(_png(IMAGES[uid]))
+  config.data.path = str(labels.parent)
+  return labels, images
+
+
+def test_labels_and_images_in_different_places(config, tmp_path, capsys):
+  whole = tmp_path / "whole"
+  cache.run(config, str(whole))
+  _, images = _split_source(config, tmp_path, [*list(IMAGES)[:3], "u5"])
+  with pytest.raises(UserError, match=r"no images\. Set data\.images"):
+    cache.run(config, str(tmp_path / "run"))
+  config.data.images = str(images)
+  capsys.readouterr()
+  cache.run(config, str(tmp_path / "run"))  # max_bad_images is 0: absent is not bad
+  said = capsys.readouterr().out
+  assert "2 of 6 images are not in data.images; of 2 lists 1 are left" in said
+  assert "records: 4 images, 3 prompts" in said
+  one, other = (cache.open_for(config, str(tmp_path / "run")), None)
+  assert one.lists.rank.tolist() == [0, 1, 2]
+  config.data.images, config.data.path = "", str(tmp_path / "source")
+  other = cache.open_for(config, str(whole))
+  for uid in ("u0", "u1", "u2"):
+    records_of = [[c.lists.image_uids.index(uid)] for c in (one, other)]
+    np.testing.assert_array_equal(
+      one.moments(records_of[0]), other.moments(records_of[1])
+    )
+
+
+def test_other_images_are_another_source(config, tmp_path):
+  _, images = _split_source(config, tmp_path, IMAGES)
+  config.data.images = str(images)
+  cache.run(config, str(tmp_path / "run"))
+  (images / "u5.png").write_bytes(_png(IMAGES["u0"]))
+  with pytest.raises(UserError, match="image_files"):
+    cache.open_for(config, str(tmp_path / "run"))
+
+
+def test_what_never_trains_is_refused_before_anything_is_read(config, tmp_path):
+  labels, images = _split_source(config, tmp_path, IMAGES)
+  labels.rename(labels.with_name("test_unique-00000-of-00001.parquet"))
+  config.data.images = str(images)
+  with pytest.raises(UserError, match=r"'test_unique' is .* never trained on"):
+    cache.run(config, str(tmp_path / "run"))
+
+
+def test_edits_are_refused_until_the_model_is_shown_their_source(config, tmp_path):
+  import pyarrow.parquet as pq
+
+  row = {"source_img": b"", "instruction": "do", "target_img": b""}
+  pq.write_table(pa.Table.from_pylist([row]), tmp_path / "edits.parquet")
+  config.data.path = str(tmp_path / "edits.parquet")
+  with pytest.raises(UserError, match=r"holds edits \(edits, as MagicBrush\)"):
+    cache.run(config, str(tmp_path / "run"))
