@@ -36,12 +36,20 @@ REQUIRES = [
   "matplotlib>=3.9",
 ]
 
+# Lists of collections that outgrow one machine. Beam wants pyarrow below 26, pillow below
+# 13 and protobuf below 7: where there are newer ones, pip takes ones that suit all.
+BEAM = "apache-beam>=2.77,<3"
+
+# What diffusers itself loads LoRA files with.
+PEFT = "peft>=0.21,<0.22"
+
 EXTRAS = {
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],
   "quickstart": ["scikit-learn>=1.5"],
+  "beam": [BEAM],
   # torch and diffusers' models are peers to compare with, never needed to run.
-  "test": ["pytest>=8", "scikit-learn>=1.5", "ruff>=0.14", "torch==2.13.0"],
+  "test": ["pytest>=8", "scikit-learn>=1.5", "ruff>=0.14", "torch==2.13.0", PEFT, BEAM],
 }
 
 setuptools.setup(
