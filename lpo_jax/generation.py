@@ -27,15 +27,27 @@ class TextConditioner:
   hidden states side by side, and the second one's pooled embedding (SDXL).
 
   Args:
-    folder: a diffusers pipeline.
+    folder: a diffusers pipeline, or its id on the Hub.
     dtype: of the encoders' activations.
     batch_size: prompts per call.
+    clip_skip: how many more of the last layers are left out, as in diffusers' pipelines:
+      of one encoder's, with its final norm applied after; of each of two encoders', with
+      none.
+
+  Raises:
+    UserError: an encoder has too few layers for `clip_skip`.
   """
 
   def __init__(
-    self, folder: str | pathlib.Path, *, dtype: Any = jnp.float32, batch_size: int = 16
+    self,
+    folder: str | pathlib.Path,
+    *,
+    dtype: Any = jnp.float32,
+    batch_size: int = 16,
+    clip_skip: int = 0,
   ):
-    self.folder, self._batch_size = pathlib.Path(folder), batch_size
+    self.folder, self._batch_size = pretrained.local_folder(folder), batch_size
+    folder, self._clip_skip = self.folder, clip_skip
     names = ["text_encoder", "text_encoder_2"]
     self._names = [n for n in names if n == names[0] or (self.folder / n).is_dir()]
     self._tokenizers = [
@@ -44,14 +56,23 @@ class TextConditioner:
     ]
     self._parts = [pretrained.load(folder, n, dtype=dtype) for n in self._names]
     self._encode = jax.jit(self._forward)
+    # Two encoders' last layer is never read.
+    layers = [part.config.get("num_hidden_layers", 12) for part in self._parts]
+    most = min(layers) + 1 - len(layers)
+    if not 0 <= clip_skip <= most:
+      raise UserError(
+        f"model.clip_skip={clip_skip}: expected 0 to {most}, for the text encoders in "
+        f"{str(folder)!r} have no more layers to leave out."
+      )
 
   def _forward(self, params: list[Params], ids: list[Array]) -> tuple[Array, Any]:
     outputs = [
       part.apply(p, i) for part, p, i in zip(self._parts, params, ids, strict=True)
     ]
     if len(outputs) == 1:
-      return outputs[0].last_hidden_state.astype(jnp.float32), None
-    states = [output.hidden_states[-2].astype(jnp.float32) for output in outputs]
+      model = self._parts[0].model
+      return model.skipped(params[0], outputs[0], self._clip_skip), None
+    states = [output.hidden_states[-(self._clip_skip + 2)] for output in outputs]
     return jnp.concatenate(states, axis=-1), outputs[1].pooled.astype(jnp.float32)
 
   def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -67,10 +88,6 @@ class TextConditioner:
       pooled.append(None if pool is None else np.asarray(pool)[:count])
     has_pooled = pooled and pooled[0] is not None
     return np.concatenate(states), np.concatenate(pooled) if has_pooled else None
-
-  def fingerprint(self) -> str:
-    """Identifies the encoders' weights and configs."""
-    return "-".join(pretrained.fingerprint(self.folder, name) for name in self._names)
 
 
 def _pad(rows: np.ndarray, count: int) -> np.ndarray:
@@ -118,7 +135,8 @@ class Generator:
   """Draws images with the pipeline in `folder`, whatever UNet weights it is given.
 
   Args:
-    folder: a diffusers pipeline: its VAE, text encoders, scheduler and UNet config.
+    folder: a diffusers pipeline, or its id on the Hub: its VAE, text encoders, scheduler
+      and UNet config.
     mesh: images are split over all its devices.
     sampler: a name in `samplers.SAMPLERS`.
     steps: network evaluations (twice with guidance).
@@ -126,6 +144,8 @@ class Generator:
     eta: of DDIM; other samplers have none and refuse any but 0.
     batch_size: images per call, rounded up to a multiple of the devices.
     dtype: of activations.
+    clip_skip: see `TextConditioner`.
+    vae_tile: see `models.vae.VAE.encode`.
   """
 
   def __init__(
@@ -139,12 +159,15 @@ class Generator:
     eta: float = 0.0,
     batch_size: int = 16,
     dtype: Any = jnp.float32,
+    clip_skip: int = 0,
+    vae_tile: int = 0,
   ):
     self._sampler, self._draws_noise = _bind_sampler(sampler, steps=steps, eta=eta)
-    self.folder, self._mesh = pathlib.Path(folder), mesh
+    self.folder = folder = pretrained.local_folder(folder)
+    self._mesh, self._vae_tile = mesh, vae_tile
     self.unet = models.build(pretrained.read_config(folder, "unet"), dtype=dtype)
     self._vae = pretrained.load(folder, "vae", dtype=dtype)
-    self._text = TextConditioner(folder, dtype=dtype)
+    self._text = TextConditioner(folder, dtype=dtype, clip_skip=clip_skip)
     self._schedule = schedule.from_config(pretrained.scheduler_config(folder))
     self._guidance_scale = guidance_scale
     devices = mesh.size
@@ -200,7 +223,8 @@ class Generator:
     if self._draws_noise:
       noise["keys"] = noising.identity_keys(0, "sampler", identity)
     clean = self._sampler(denoiser, latents, self._schedule, **noise)
-    images = self._vae.decode(vae_params, clean / self.scaling_factor)
+    clean = clean / self.scaling_factor
+    images = self._vae.decode(vae_params, clean, tile=self._vae_tile)
     pixels = jnp.clip(images * 0.5 + 0.5, 0.0, 1.0) * 255.0
     return jnp.round(pixels).astype(jnp.uint8)
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lpo_jax.errors import UserError, unknown_name
-from lpo_jax.models import layers
+from lpo_jax.models.attention import check_name
 from lpo_jax.models.base import Model, Settings
 
 __all__ = ["CLASSES", "Model", "Settings", "build", "class_name"]
@@ -19,6 +19,9 @@ CLASSES: dict[str, str] = {
   "AutoencoderKL": "vae",
   "CLIPTextModel": "clip",
   "CLIPTextModelWithProjection": "clip",
+  "CLIPVisionModel": "clip_vision",
+  "CLIPVisionModelWithProjection": "clip_vision",
+  "CLIPModel": "clip_pair",
 }
 
 
@@ -57,13 +60,13 @@ def build(
       the defaults these libraries give them.
     dtype: of the activations; parameters are fp32 and so is the output. With float32,
       products are exact to fp32 on accelerators too, at several times the cost.
-    attention: a name of `layers.ATTENTION`, or "auto".
+    attention: a name of `attention.ATTENTION`, or "auto".
     remat: "none", "dots", "blocks" or "full"; see `Settings`.
     scan: "stacks" (equal blocks in a row are one loop) or "none".
 
   Returns:
-    A UNet with `.apply`, an autoencoder with `.encode` and `.decode`, or a text encoder
-    with `.apply`.
+    A UNet with `.apply`, an autoencoder with `.encode` and `.decode`, one tower of CLIP
+    with `.apply`, or both with `.embed_texts` and `.embed_images`.
 
   Raises:
     UserError: an unknown class, attention or remat, or a config field that is not
@@ -72,7 +75,6 @@ def build(
   name = class_name(config)
   if name not in CLASSES:
     raise unknown_name("model class", name, CLASSES)
-  if attention not in ("auto", *layers.ATTENTION):
-    raise unknown_name("attention", attention, ["auto", *layers.ATTENTION])
+  check_name(attention)
   module = importlib.import_module(f"lpo_jax.models.{CLASSES[name]}")
   return module.build(config, Settings(dtype, attention, remat, scan))

@@ -43,12 +43,13 @@ class Settings:
   Attributes:
     dtype: of the activations. Norms, softmax, the time embedding and the last
       convolution are fp32 whatever it says.
-    attention: a name of `layers.ATTENTION`.
+    attention: a name of `attention.ATTENTION`, or "auto".
     remat: what the backward pass computes again instead of keeping: "none", "dots" (of
       every resnet and transformer block all but the results of its convolutions and
       matrix products), "blocks" (all inside of them) or "full" (everything).
     scan: whether equal blocks in a row are compiled once and looped over ("stacks"), or
-      each compiled for itself ("none"): more to compile, and nothing gained so far.
+      each compiled for itself ("none"): three times the work for the compiler, and no
+      faster afterwards where it was measured (docs/performance.md).
   """
 
   dtype: Any = jnp.float32
@@ -62,11 +63,19 @@ class Settings:
     if self.scan not in SCAN:
       raise unknown_name("scan", self.scan, SCAN)
 
-  def block(self, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps the call of one block as `remat` asks."""
+  def block(
+    self, function: Callable[..., Any], *, is_looped: bool = False
+  ) -> Callable[..., Any]:
+    """Wraps the call of one block as `remat` asks.
+
+    Args:
+      function: the call.
+      is_looped: whether it is the body of a loop. Elsewhere a barrier must keep the
+        compiler from finding that it computes the same twice, and keeping it after all.
+    """
     if self.remat not in KEPT:
       return function
-    return jax.checkpoint(function, policy=KEPT[self.remat])
+    return jax.checkpoint(function, policy=KEPT[self.remat], prevent_cse=not is_looped)
 
   def whole(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps the call of the whole model as `remat` asks."""
@@ -167,7 +176,7 @@ def _draw(shapes: Mapping[str, tuple[int, ...]], seed: int, name: str) -> np.nda
   parent, _, kind = name.rpartition(".")
   if kind == "scale":
     return np.ones(shape, np.float32)
-  if kind == "embedding":
+  if kind in ("embedding", "class_embedding"):
     return generator.standard_normal(shape, np.float32) * np.float32(0.02)
   kernel = shapes.get(f"{parent}.kernel")
   if kernel is None:
@@ -253,9 +262,11 @@ class Stack(nnx.Module):
   def _scan(self, kept: Callable[[Array], Any], x: Array, *args: Any) -> Any:
     graphdef, params = nnx.split(self.each)
 
+    is_looped = self.settings.scan == "stacks"
+
     def body(x: Array, params: Any) -> tuple[Array, Any]:
-      y = self.settings.block(nnx.merge(graphdef, params).__call__)(x, *args)
+      block = nnx.merge(graphdef, params).__call__
+      y = self.settings.block(block, is_looped=is_looped)(x, *args)
       return y, kept(y)
 
-    unroll = 1 if self.settings.scan == "stacks" else self.depth
-    return jax.lax.scan(body, x, params, unroll=unroll)
+    return jax.lax.scan(body, x, params, unroll=1 if is_looped else self.depth)

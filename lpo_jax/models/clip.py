@@ -13,6 +13,7 @@ from flax import nnx
 
 from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.models import layers
+from lpo_jax.models.attention import attend
 from lpo_jax.models.base import Model, Settings, Stack, resolve_config
 from lpo_jax.types import Array, Params
 
@@ -54,24 +55,25 @@ class TextOutput:
 
 
 class SelfAttention(nnx.Module):
-  """Causal multi-head attention."""
+  """Multi-head attention, causal in texts and not in images."""
 
-  def __init__(self, channels: int, heads: int, settings: Settings):
+  def __init__(self, channels: int, heads: int, settings: Settings, is_causal: bool):
     dtype = settings.dtype
     self.k_proj = layers.Linear(channels, channels, dtype=dtype)
     self.v_proj = layers.Linear(channels, channels, dtype=dtype)
     self.q_proj = layers.Linear(channels, channels, dtype=dtype)
     self.out_proj = layers.Linear(channels, channels, dtype=dtype)
     self.heads = heads
+    self.is_causal = is_causal
     self.implementation = settings.attention
 
   def __call__(self, x: Array) -> Array:
-    y = layers.attention(
+    y = attend(
       layers.split_heads(self.q_proj(x), self.heads),
       layers.split_heads(self.k_proj(x), self.heads),
       layers.split_heads(self.v_proj(x), self.heads),
       implementation=self.implementation,
-      is_causal=True,
+      is_causal=self.is_causal,
     )
     return self.out_proj(y.reshape(x.shape))
 
@@ -92,10 +94,10 @@ class FeedForward(nnx.Module):
 class EncoderLayer(nnx.Module):
   """Attention and a feed-forward layer, each behind a norm and added to its input."""
 
-  def __init__(self, fields: Mapping[str, Any], settings: Settings):
+  def __init__(self, fields: Mapping[str, Any], settings: Settings, is_causal: bool):
     channels, eps = fields["hidden_size"], fields["layer_norm_eps"]
-    dtype = settings.dtype
-    self.self_attn = SelfAttention(channels, fields["num_attention_heads"], settings)
+    heads, dtype = fields["num_attention_heads"], settings.dtype
+    self.self_attn = SelfAttention(channels, heads, settings, is_causal)
     self.layer_norm1 = layers.LayerNorm(channels, eps=eps, dtype=dtype)
     self.mlp = FeedForward(fields, dtype)
     self.layer_norm2 = layers.LayerNorm(channels, eps=eps, dtype=dtype)
@@ -122,9 +124,9 @@ class Embeddings(nnx.Module):
 class Encoder(nnx.Module):
   """The layers, one after the other."""
 
-  def __init__(self, fields: Mapping[str, Any], settings: Settings):
+  def __init__(self, fields: Mapping[str, Any], settings: Settings, is_causal: bool):
     count = fields["num_hidden_layers"]
-    make = functools.partial(EncoderLayer, fields, settings)
+    make = functools.partial(EncoderLayer, fields, settings, is_causal)
     self.layers = Stack(make, count, settings)
 
   def __call__(self, x: Array) -> tuple[Array, ...]:
@@ -136,7 +138,7 @@ class TextTransformer(nnx.Module):
 
   def __init__(self, fields: Mapping[str, Any], settings: Settings):
     self.embeddings = Embeddings(fields, settings.dtype)
-    self.encoder = Encoder(fields, settings)
+    self.encoder = Encoder(fields, settings, is_causal=True)
     self.final_layer_norm = layers.LayerNorm(
       fields["hidden_size"], eps=fields["layer_norm_eps"], dtype=jnp.float32
     )
@@ -189,14 +191,77 @@ class TextEncoder(Model):
     Raises:
       UserError: more tokens than the model has places.
     """
-    places = self.config.get("max_position_embeddings", 77)
-    if input_ids.shape[-1] > places:
-      raise UserError(
-        f"the text encoder has {places} places, came {input_ids.shape[-1]} tokens: "
-        "truncate the prompts (the tokenizer's model_max_length does)."
-      )
+    check_length(input_ids, self.config)
     run = self.settings.whole(lambda params, ids: self.bind(params)(ids))
     return run(params, input_ids)
+
+  def skipped(self, params: Params, output: TextOutput, skip: int) -> Array:
+    """Returns what the final norm makes of an earlier layer's output.
+
+    Args:
+      params: as for `apply`.
+      output: what `apply` gave.
+      skip: how many of the last layers are left out; 0 gives `last_hidden_state`.
+
+    Returns:
+      [N, L, D] fp32.
+    """
+    if skip == 0:
+      return output.last_hidden_state
+    norm = self.bind(params).text_model.final_layer_norm
+    return norm(output.hidden_states[-(skip + 1)])
+
+
+def check_length(input_ids: Array, config: Mapping[str, Any]) -> None:
+  """Refuses texts that the position table has no places for.
+
+  Raises:
+    UserError: they have more tokens than the config says.
+  """
+  places = config.get("max_position_embeddings", DEFAULTS["max_position_embeddings"])
+  if input_ids.shape[-1] > places:
+    raise UserError(
+      f"the text encoder has {places} places, came {input_ids.shape[-1]} tokens: "
+      "truncate the prompts (the tokenizer's model_max_length does)."
+    )
+
+
+def tower_fields(
+  config: Mapping[str, Any], defaults: Mapping[str, Any], kind: str
+) -> dict[str, Any]:
+  """Completes the fields of one tower of CLIP.
+
+  Raises:
+    UserError: an activation that is not implemented, or heads that do not divide the
+      width.
+  """
+  fields = resolve_config(config, defaults=defaults, only={}, kind=kind)
+  if fields["hidden_act"] not in ACTIVATIONS:
+    raise unknown_name(
+      f"{kind} config field 'hidden_act':", fields["hidden_act"], ACTIVATIONS
+    )
+  width, heads = fields["hidden_size"], fields["num_attention_heads"]
+  if width % heads:
+    raise UserError(
+      f"{kind} config field 'num_attention_heads' is {heads}, which does not divide "
+      f"'hidden_size' {width}."
+    )
+  return fields
+
+
+def text_fields(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+  """Completes the fields of a `CLIPTextConfig`.
+
+  Raises:
+    UserError: a field that is not implemented, by name.
+  """
+  fields = tower_fields(config, DEFAULTS, kind)
+  if not isinstance(fields["eos_token_id"], int):
+    raise UserError(
+      f"{kind} config field 'eos_token_id' is {fields['eos_token_id']!r}; implemented: "
+      "one int."
+    )
+  return fields
 
 
 def build(config: Mapping[str, Any], settings: Settings) -> TextEncoder:
@@ -211,15 +276,6 @@ def build(config: Mapping[str, Any], settings: Settings) -> TextEncoder:
     UserError: a field that is not implemented, by name.
   """
   kind = config["architectures"][0]
-  fields = resolve_config(config, defaults=DEFAULTS, only={}, kind=kind)
-  if fields["hidden_act"] not in ACTIVATIONS:
-    raise unknown_name(
-      f"{kind} config field 'hidden_act':", fields["hidden_act"], ACTIVATIONS
-    )
-  if not isinstance(fields["eos_token_id"], int):
-    raise UserError(
-      f"{kind} config field 'eos_token_id' is {fields['eos_token_id']!r}; implemented: "
-      "one int."
-    )
+  fields = text_fields(config, kind)
   projects = kind == "CLIPTextModelWithProjection"
   return TextEncoder.of(lambda: CLIPText(fields, settings, projects), config, settings)

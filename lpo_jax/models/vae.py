@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lpo_jax.errors import UserError
-from lpo_jax.models import layers
+from lpo_jax.models import layers, tiling
 from lpo_jax.models.base import Model, Settings, resolve_config
 from lpo_jax.types import Array, Params
 
@@ -228,32 +228,73 @@ class AutoencoderKL(nnx.Module):
 class VAE(Model):
   """Encodes images as Gaussians over latents, and decodes latents."""
 
-  def encode(self, params: Params, images: Array) -> Array:
+  @property
+  def pixels_per_latent(self) -> int:
+    """How many pixels of an image's side one latent stands for."""
+    widths = self.config.get("block_out_channels", DEFAULTS["block_out_channels"])
+    return 2 ** (len(widths) - 1)
+
+  def encode(self, params: Params, images: Array, *, tile: int = 0) -> Array:
     """Returns the posterior of the unscaled latents.
 
     Args:
       params: nested dict in the shape of `abstract_params`.
       images: [N, H, W, 3] in -1..1.
+      tile: 0, or the side in pixels of the tiles in which larger images are encoded: for
+        the memory of one tile, at the price of slightly different latents.
 
     Returns:
       [N, h, w, 2c] fp32: c means, then c log-variances as the network gives them,
       neither clipped nor scaled.
-    """
-    run = self.settings.whole(lambda params, x: self.bind(params).encode(x))
-    return run(params, images)
 
-  def decode(self, params: Params, latents: Array) -> Array:
+    Raises:
+      UserError: a tile that cannot be, or an image that is no whole number of latents
+        and is to be tiled.
+    """
+    encode = self.settings.whole(lambda params, x: self.bind(params).encode(x))
+    run = functools.partial(encode, params)
+    if not self._is_tiled(images.shape, tile):
+      return run(images)
+    factor = self.pixels_per_latent
+    if any(size % factor for size in images.shape[1:3]):
+      raise UserError(
+        f"an image of {images.shape[1]}x{images.shape[2]} pixels cannot be encoded in "
+        f"tiles: both sides must be multiples of {factor}."
+      )
+    return tiling.by_tiles(run, images, tile=tile, result_tile=tile // factor)
+
+  def decode(self, params: Params, latents: Array, *, tile: int = 0) -> Array:
     """Returns the images of latents.
 
     Args:
       params: nested dict in the shape of `abstract_params`.
       latents: [N, h, w, c], already divided by the config's `scaling_factor`.
+      tile: as for `encode`; in pixels here too.
 
     Returns:
       [N, H, W, 3] fp32, about -1..1 and not clipped.
+
+    Raises:
+      UserError: a tile that cannot be.
     """
-    run = self.settings.whole(lambda params, x: self.bind(params).decode(x))
-    return run(params, latents)
+    decode = self.settings.whole(lambda params, x: self.bind(params).decode(x))
+    run = functools.partial(decode, params)
+    factor = self.pixels_per_latent
+    pixels = [size * factor for size in latents.shape]
+    if not self._is_tiled(pixels, tile):
+      return run(latents)
+    return tiling.by_tiles(run, latents, tile=tile // factor, result_tile=tile)
+
+  def _is_tiled(self, shape: Sequence[int], tile: int) -> bool:
+    """Whether an image [N, H, W, ...] is larger than a tile that there is."""
+    # Latents of a tile and of its overlap must be whole numbers.
+    unit = tiling.STEPS_PER_TILE * self.pixels_per_latent
+    if tile < 0 or tile % unit:
+      raise UserError(
+        f"tiles of {tile} pixels (model.vae_tile): expected 0 for none, or a multiple "
+        f"of {unit}, such as the 'sample_size' in the config of the autoencoder."
+      )
+    return tile > 0 and max(shape[1:3]) > tile
 
 
 def build(config: Mapping[str, Any], settings: Settings) -> VAE:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,15 +18,12 @@ import numpy as np
 
 from lpo_jax import models, parallel, trees
 from lpo_jax.errors import UserError, nearest
-from lpo_jax.pretrained import names, tensors
+from lpo_jax.pretrained import files, hub, names, tensors
 from lpo_jax.types import Params
 
 Path = str | os.PathLike
 Sharding = jax.sharding.Sharding
 Placement = Callable[[str, tuple[int, ...]], Sharding] | Mapping[Any, Any] | None
-
-# Stem of the weights' file, by whether the config is one of diffusers.
-STEMS = {True: "diffusion_pytorch_model", False: "model"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,39 +43,25 @@ class Part:
   model: models.Model
 
   def apply(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-    """Runs a UNet or a text encoder; see `models.unet.UNet`, `models.clip.TextEncoder`."""
+    """Runs a UNet or one tower of CLIP; see `models.unet`, `clip`, `clip_vision`."""
     return self.model.apply(params, *args, **kwargs)
 
-  def encode(self, params: Params, images: jax.Array) -> jax.Array:
+  def encode(self, params: Params, images: jax.Array, *, tile: int = 0) -> jax.Array:
     """Images to moments; see `models.vae.VAE.encode`."""
-    return self.model.encode(params, images)
+    return self.model.encode(params, images, tile=tile)
 
-  def decode(self, params: Params, latents: jax.Array) -> jax.Array:
+  def decode(self, params: Params, latents: jax.Array, *, tile: int = 0) -> jax.Array:
     """Latents to images; see `models.vae.VAE.decode`."""
-    return self.model.decode(params, latents)
+    return self.model.decode(params, latents, tile=tile)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text())
-  except FileNotFoundError:
-    raise UserError(f"expected a file {path}, and there is none.") from None
-  except ValueError as error:
-    raise UserError(f"{path} is not JSON ({error}). Fetch it again.") from None
-
-
-def _component(folder: Path, name: str) -> pathlib.Path:
-  """Finds the folder of one network; `folder` may itself be it."""
-  root = pathlib.Path(folder)
+def _component(folder: Path, name: str, variant: str | None = None) -> pathlib.Path:
+  """Finds the folder of one network; `folder` may itself be it, or be on the Hub."""
+  root = hub.local_folder(folder, [name], variant=variant)
   if (root / name / "config.json").is_file():
     return root / name
   if (root / "config.json").is_file():
     return root
-  if not root.is_dir():
-    raise UserError(
-      f"model folder {str(root)!r} does not exist. Give the local path of a pipeline "
-      f"folder in diffusers' layout, with {name}/config.json in it."
-    )
   inside = sorted(path.name for path in root.iterdir())
   close = nearest(name, inside)
   hint = f" Did you mean {close!r}?" if close and close != name else ""
@@ -89,51 +71,16 @@ def _component(folder: Path, name: str) -> pathlib.Path:
   )
 
 
-def _weight_files(
-  folder: pathlib.Path, config: Mapping[str, Any], variant: str | None
-) -> list[pathlib.Path]:
-  """Finds the file of the weights, or the shards that an index names."""
-  stem = STEMS["_class_name" in config]
-  dotted = f".{variant}" if variant else ""
-  single = folder / f"{stem}{dotted}.safetensors"
-  index = folder / f"{stem}.safetensors.index{dotted}.json"
-  if single.is_file():
-    return [single]
-  if index.is_file():
-    shards = sorted(set(_read_json(index)["weight_map"].values()))
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-      raise UserError(
-        f"{index} names {len(shards)} files and {len(missing)} of them are not there, "
-        f"first {missing[0]!r}. Fetch the folder again."
-      )
-    return [folder / shard for shard in shards]
-
-  looked = f"looked for {single.name} and {index.name} in {str(folder)!r}"
-  pattern = re.compile(rf"{stem}\.(?:safetensors\.index\.)?(\w+)\.(?:safetensors|json)")
-  matches = (pattern.fullmatch(path.name) for path in folder.iterdir())
-  variants = sorted({match[1] for match in matches if match} - {"index", variant})
-  if variants:
-    raise UserError(f"{looked}; there are the variants {variants}: pass variant=...")
-  if any(folder.glob("*.bin")) or any(folder.glob("*.ckpt")):
-    raise UserError(
-      f"{looked}; there is only a pickle (.bin), which is refused because reading one "
-      "runs whatever code is in it. Save the model with safe_serialization=True, or "
-      "fetch the .safetensors of the same repository."
-    )
-  raise UserError(f"{looked}; neither is there.")
-
-
 @contextlib.contextmanager
 def _open(
   folder: Path, name: str, variant: str | None
 ) -> Iterator[tuple[dict[str, Any], tensors.Weights]]:
-  component = _component(folder, name)
-  config = _read_json(component / "config.json")
+  component = _component(folder, name, variant)
+  config = files.read_json(component / "config.json")
   kind = models.class_name(config)
   with contextlib.ExitStack() as stack:
-    files = _weight_files(component, config, variant)
-    yield config, tensors.Weights(files, kind, stack)
+    found = files.find(component, config, variant)
+    yield config, tensors.Weights(found, kind, stack)
 
 
 def _check(weights: tensors.Weights, model: models.Model, where: str) -> None:
@@ -217,7 +164,8 @@ def load(
   """Reads one network of a pipeline folder, without torch.
 
   Args:
-    folder: a pipeline folder in diffusers' layout, or the network's own folder.
+    folder: a pipeline folder in diffusers' layout, the network's own folder, or the id
+      of one of them on the Hub ("owner/name" or "owner/name@revision").
     name: "unet", "vae", "text_encoder", "text_encoder_2" ...
     dtype: of the parameters, whatever the file holds; None keeps the file's.
     sharding: where parameters go: None (the default device, whole), a function of a
@@ -258,7 +206,14 @@ def _placement(sharding: Placement) -> Callable[[str, tuple[int, ...]], Any]:
   return lambda name, shape: named[name]
 
 
-def save(folder: Path, part: Part, *, dtype: Any = None) -> None:
+def save(
+  folder: Path,
+  part: Part,
+  *,
+  dtype: Any = None,
+  variant: str | None = None,
+  max_shard_size: int = files.MAX_SHARD_SIZE,
+) -> None:
   """Writes a network as diffusers or transformers would: config.json and safetensors.
 
   The files appear under their names only when they are complete. In a run of several
@@ -268,6 +223,8 @@ def save(folder: Path, part: Part, *, dtype: Any = None) -> None:
     folder: the pipeline folder; the network goes into its folder `part.name`.
     part: what to write.
     dtype: of the tensors in the file; None keeps that of the parameters.
+    variant: put into the file names, e.g. "fp16".
+    max_shard_size: bytes that a file may have before there are several and an index.
   """
   target = pathlib.Path(folder) / part.name
   leaves = trees.named_leaves(part.params)
@@ -284,13 +241,10 @@ def save(folder: Path, part: Part, *, dtype: Any = None) -> None:
     leaf = _take_block(leaves[name], block) if stored.is_stacked else leaves[name]
     return stored.to_file(parallel.fetch(leaf).astype(jnp.dtype(kinds[name])))
 
-  tensors.write(
-    target / f"{STEMS['_class_name' in part.config]}.safetensors",
-    {
-      tensor: (kinds[name], stored.shape) for tensor, (name, _, stored) in homes.items()
-    },
-    read,
-  )
+  entries = {
+    tensor: (kinds[name], stored.shape) for tensor, (name, _, stored) in homes.items()
+  }
+  _write_weights(target, part, entries, read, variant, max_shard_size)
   config = dict(part.config)
   for field in ("dtype", "torch_dtype"):
     # transformers reads weights in the dtype that the config says.
@@ -301,6 +255,31 @@ def save(folder: Path, part: Part, *, dtype: Any = None) -> None:
     with tensors.replacing(target / "config.json") as path:
       path.write_text(text)
   parallel.barrier(f"saved {part.name}")
+
+
+def _write_weights(
+  target: pathlib.Path,
+  part: Part,
+  entries: Mapping[str, tuple[str, tuple[int, ...]]],
+  read: Callable[[str], np.ndarray],
+  variant: str | None,
+  max_shard_size: int,
+) -> None:
+  """Writes one file, or shards and their index, and removes those of an earlier save."""
+  stem = files.STEMS["_class_name" in part.config]
+  sizes = {name: tensors.size(*entries[name]) for name in tensors.order(entries)}
+  shards = files.split(sizes, stem, variant, max_shard_size)
+  for file, members in shards.items():
+    tensors.write(target / file, {name: entries[name] for name in members}, read)
+  if not parallel.is_main_process():
+    return
+  keep = set(shards)
+  if len(shards) > 1:
+    index = files.index_name(stem, variant)
+    keep.add(index)
+    with tensors.replacing(target / index) as path:
+      path.write_text(files.index_text(shards, sum(sizes.values())), "utf-8")
+  files.remove_others(target, stem, variant, keep)
 
 
 def _take_block(leaf: Any, block: int) -> Any:
@@ -314,22 +293,29 @@ _index = jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
 
 def save_pipeline(
-  source: Path, target: Path, parts: Mapping[str, Part], *, dtype: Any = None
+  source: Path,
+  target: Path,
+  parts: Mapping[str, Part],
+  *,
+  dtype: Any = None,
+  max_shard_size: int = files.MAX_SHARD_SIZE,
 ) -> None:
   """Writes a pipeline folder in which some networks are new.
 
   Args:
-    source: the pipeline folder that the others are copied from; files at its top other
-      than `model_index.json`, such as one-file checkpoints, stay behind.
+    source: the pipeline folder, or its id on the Hub, that the others are copied from;
+      files at its top other than `model_index.json`, such as one-file checkpoints, stay
+      behind.
     target: the new folder; it appears only when it is complete.
     parts: the new networks by the name of their folder.
     dtype: of the new networks' tensors; None keeps that of their parameters.
+    max_shard_size: see `save`.
 
   Raises:
     UserError: `source` is no pipeline, has no such network, or `target` is not empty.
   """
-  source, target = pathlib.Path(source), pathlib.Path(target)
-  index = _read_json(source / "model_index.json")
+  source, target = hub.local_folder(source, None), pathlib.Path(target)
+  index = files.read_json(source / "model_index.json")
   components = {
     name: value
     for name, value in index.items()
@@ -356,7 +342,8 @@ def save_pipeline(
       if (source / name).is_dir():
         shutil.copytree(source / name, staging / name)
   for name, part in parts.items():
-    save(staging, dataclasses.replace(part, name=name), dtype=dtype)
+    part = dataclasses.replace(part, name=name)
+    save(staging, part, dtype=dtype, max_shard_size=max_shard_size)
   if parallel.is_main_process():
     if target.is_dir():
       target.rmdir()
@@ -399,7 +386,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
   Raises:
     UserError: there is no such file.
   """
-  return _read_json(_component(folder, name) / "config.json")
+  return files.read_json(_component(folder, name) / "config.json")
 
 
 def scheduler_config(folder: Path) -> dict[str, Any]:
@@ -408,4 +395,5 @@ def scheduler_config(folder: Path) -> dict[str, Any]:
   Raises:
     UserError: there is no such file.
   """
-  return _read_json(pathlib.Path(folder) / "scheduler" / "scheduler_config.json")
+  root = hub.local_folder(folder, ["scheduler"])
+  return files.read_json(root / "scheduler" / "scheduler_config.json")

@@ -15,6 +15,8 @@ SUFFIXES = {
   "scale": "weight",
   "embedding": "weight",
   "bias": "bias",
+  "class_embedding": "class_embedding",
+  "logit_scale": "logit_scale",
 }
 
 # Which axis of the file each of our axes is, by rank: torch holds OIHW and [out, in].
@@ -30,6 +32,11 @@ OLD_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
   ),
   "CLIPTextModel": ((r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),),
   "CLIPTextModelWithProjection": (),
+  "CLIPVisionModel": (
+    (r"^(embeddings|pre_layrnorm|encoder|post_layernorm)\.", r"vision_model.\1."),
+  ),
+  "CLIPVisionModelWithProjection": (),
+  "CLIPModel": (),
 }
 # Constants that older versions of transformers stored.
 IGNORED = re.compile(r"(^|\.)position_ids$")
@@ -53,11 +60,11 @@ class Stored:
 
   def from_file(self, array: np.ndarray) -> np.ndarray:
     """Turns one tensor of the file, or the same slice of all its axes, to our order."""
-    return np.ascontiguousarray(array.transpose(self.axes))
+    return np.asarray(array.transpose(self.axes), order="C")
 
   def to_file(self, array: np.ndarray) -> np.ndarray:
     """Turns one block's parameter to the order of the file."""
-    return np.ascontiguousarray(array.transpose(np.argsort(self.axes)))
+    return np.asarray(array.transpose(np.argsort(self.axes)), order="C")
 
 
 def stored(name: str, shape: tuple[int, ...]) -> Stored:
@@ -77,7 +84,10 @@ def stored(name: str, shape: tuple[int, ...]) -> Stored:
   parent, _, kind = name.rpartition(".")
   axes = KERNEL_AXES[len(inner)] if kind == "kernel" else tuple(range(len(inner)))
   return Stored(
-    tuple(f"{each}.{SUFFIXES[kind]}" for each in trees.block_names(parent, shape)),
+    tuple(
+      ".".join([*filter(None, [each]), SUFFIXES[kind]])
+      for each in trees.block_names(parent, shape)
+    ),
     tuple(inner[axes.index(axis)] for axis in range(len(inner))),
     axes,
     is_stacked,

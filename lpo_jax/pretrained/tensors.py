@@ -71,30 +71,35 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     partial.unlink(missing_ok=True)
 
 
+def order(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+  """The order of the safetensors library: wide types first, then by name."""
+  return sorted(entries, key=lambda name: (-jnp.dtype(entries[name][0]).itemsize, name))
+
+
+def size(dtype: str, shape: tuple[int, ...]) -> int:
+  """Bytes of a tensor."""
+  return jnp.dtype(dtype).itemsize * math.prod(shape)
+
+
 def write(
   path: pathlib.Path,
   entries: Mapping[str, tuple[str, tuple[int, ...]]],
   read: Callable[[str], np.ndarray],
+  metadata: Mapping[str, str] | None = None,
 ) -> None:
   """Writes tensors one at a time, so that no second copy of the model is in memory.
-
-  The order is that of the safetensors library: wide types first, then by name.
 
   Args:
     path: the file.
     entries: (dtype, shape) by tensor name.
     read: gives a tensor when its turn has come.
+    metadata: more entries of the header's own.
   """
-
-  def size(name: str) -> int:
-    return jnp.dtype(entries[name][0]).itemsize
-
-  order = sorted(entries, key=lambda name: (-size(name), name))
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
   offset = 0
-  for name in order:
+  for name in order(entries):
     dtype, shape = entries[name]
-    end = offset + size(name) * math.prod(shape)
+    end = offset + size(dtype, shape)
     header[name] = {
       "dtype": DTYPES[dtype],
       "shape": list(shape),
@@ -105,11 +110,11 @@ def write(
   head += b" " * (-len(head) % 8)
 
   if not parallel.is_main_process():
-    for name in order:
+    for name in order(entries):
       read(name)  # takes part in the gathering
     return
   with replacing(path) as partial, open(partial, "wb") as file:
     file.write(len(head).to_bytes(8, "little"))
     file.write(head)
-    for name in order:
+    for name in order(entries):
       file.write(read(name).tobytes())

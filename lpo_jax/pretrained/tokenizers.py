@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from lpo_jax.errors import UserError
+from lpo_jax.pretrained import hub
 
 Path = str | os.PathLike
 
@@ -48,18 +49,32 @@ class Tokenizer:
         self.truncated += len(whole) > self.max_length
     return np.asarray(encoded["input_ids"], np.int32)
 
+  def lengths(self, prompts: Sequence[str]) -> np.ndarray:
+    """Returns how many tokens prompts have before any is cut, start and end included.
+
+    Args:
+      prompts: N texts.
+
+    Returns:
+      [N] int64.
+    """
+    if not prompts:
+      return np.zeros(0, np.int64)
+    encoded = self._tokenizer(list(prompts), verbose=False)["input_ids"]
+    return np.asarray([len(ids) for ids in encoded], np.int64)
+
 
 def load_tokenizer(folder: Path, subfolder: str = "tokenizer") -> Tokenizer:
   """Reads a pipeline's CLIP tokenizer from its own files, without torch.
 
   Args:
-    folder: a pipeline folder.
+    folder: a pipeline folder, or its id on the Hub.
     subfolder: "tokenizer" or "tokenizer_2".
 
   Raises:
     UserError: the folder or its files are not there, or they give no length.
   """
-  path = pathlib.Path(folder) / subfolder
+  path = hub.local_folder(folder, [subfolder]) / subfolder
   raw = (path / "vocab.json").is_file() and (path / "merges.txt").is_file()
   if not raw and not (path / "tokenizer.json").is_file():
     raise UserError(

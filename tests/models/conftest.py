@@ -39,7 +39,7 @@ def _randomise(torch, module, seed):
   with torch.no_grad():
     for name, p in module.named_parameters():
       noise = torch.randn(p.shape, generator=generator)
-      if p.ndim == 1:
+      if p.ndim < 2:
         norm = "norm" in name and name.endswith("weight")
         p.copy_(0.2 * noise + (1.0 if norm else 0.0))
       elif "embedding.weight" in name:

@@ -120,19 +120,6 @@ def test_remat_changes_no_gradient(relative_error):
   assert relative_error(results[2], results[0]) < 1e-6
 
 
-def test_full_size_parameter_counts():
-  sizes = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-  }
-  shapes = build(**sizes).named_shapes().values()
-  assert sum(np.prod(shape.shape, dtype=np.int64) for shape in shapes) == 123_060_480
-
-
 def test_refuses_more_tokens_than_places():
   model = build()
   with pytest.raises(UserError, match="has 9 places, came 10 tokens"):
