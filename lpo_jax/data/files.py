@@ -21,7 +21,7 @@ if TYPE_CHECKING:
   from etils import epath
   from pyarrow import parquet
 
-_SUFFIXES = (".parquet", ".jsonl")
+_SUFFIXES = (".parquet", ".jsonl", ".tar", ".json")
 _SPLIT_NAMES = {"train", "validation", "val", "valid", "dev", "eval", "test"} | {
   "validation_unique",
   "test_unique",
@@ -33,8 +33,8 @@ def find(path: epath.Path, split: str | None) -> list[epath.Path]:
   """Returns the data files that `path` means, sorted by name.
 
   Args:
-    path: a file, a folder (its parquet files, else its JSON lines, there and one folder
-      below), or a pattern with ``*`` in its last part.
+    path: a file, a folder (its parquet files, else its JSON lines, tar archives or JSON
+      files, there and one folder below), or a pattern with ``*`` in its last part.
     split: which of several files, see `sources.read`.
 
   Raises:
@@ -47,24 +47,22 @@ def find(path: epath.Path, split: str | None) -> list[epath.Path]:
   elif path.exists():
     return [path]
   else:
-    near = _near_name(path)
+    near = near_name(path)
     raise UserError(
       f"data.path={str(path)!r}: there is no such file or folder"
-      f"{f'; did you mean {near!r}?' if near else '.'} Looked for a .parquet or .jsonl "
-      "file, a folder of them, or a folder prepared by tensorflow_datasets."
+      f"{f'; did you mean {near!r}?' if near else '.'} Looked for a .parquet, .jsonl, "
+      ".tar or .json file, a folder of them, or one prepared by tensorflow_datasets."
     )
   by_suffix = [[f for f in found if f.suffix == suffix] for suffix in _SUFFIXES]
   files = sorted(next(filter(None, by_suffix), []))
   if not files:
     raise UserError(
-      f"data.path={str(path)!r}: no .parquet or .jsonl file there or one folder below, "
-      "nor the features.json of a data set prepared by tensorflow_datasets."
+      f"data.path={str(path)!r}: no .parquet, .jsonl, .tar or .json file there or one "
+      "folder below, nor the features.json of a data set prepared by tensorflow_datasets."
     )
   splits: dict[str, list] = collections.defaultdict(list)
   for file in files:
-    match = _SPLIT.match(file.name)
-    inside = file.parent.name if file.parent != path else file.stem
-    splits[match.group(1) if match else inside].append(file)
+    splits[split_of(file, path)].append(file)
   if split is not None:
     if split not in splits:
       raise unknown_name("data.split", split, splits)
@@ -79,7 +77,14 @@ def find(path: epath.Path, split: str | None) -> list[epath.Path]:
   return files
 
 
-def _near_name(path: epath.Path) -> str | None:
+def split_of(file: epath.Path, root: Any) -> str:
+  """Returns the split that a file below `root` belongs to, by its name or folder."""
+  match = _SPLIT.match(file.name)
+  inside = file.parent.name if str(file.parent) != str(root) else file.stem
+  return match.group(1) if match else inside
+
+
+def near_name(path: epath.Path) -> str | None:
   """The sibling whose name is closest to a path that does not exist."""
   parent = path.parent
   names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
@@ -91,7 +96,8 @@ def refuse_file(path: Any, error: Exception) -> UserError:
   """Builds the refusal of a file that is not what its name says."""
   return UserError(
     f"{path} cannot be read ({str(error).strip()}). It is probably truncated, by an "
-    "interrupted download or copy, or no parquet file: fetch it again, or take it away."
+    "interrupted download or copy, or not what its name says: fetch it again, or "
+    "take it away."
   )
 
 

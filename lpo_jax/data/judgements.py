@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -47,6 +48,76 @@ class Judgements:
 
   def __len__(self) -> int:
     return len(self.prompt)
+
+
+def take(source: Judgements, rows: np.ndarray) -> Judgements:
+  """Returns some of the judgements, with the words that these use, without images."""
+  prompts, (prompt,) = _compact(source.prompts, source.prompt[rows])
+  users, (user,) = _compact(source.users, source.user[rows])
+  uids, (image_a, image_b) = _compact(
+    source.image_uids, source.image_a[rows], source.image_b[rows]
+  )
+  return Judgements(
+    prompts=prompts,
+    image_uids=uids,
+    users=users,
+    prompt=prompt,
+    user=user,
+    image_a=image_a,
+    image_b=image_b,
+    label=source.label[rows],
+    weight=source.weight[rows],
+    dropped=source.dropped,
+  )
+
+
+def concatenate(pieces: Sequence[Judgements]) -> Judgements:
+  """Returns all judgements, one piece after the other, without images."""
+  prompts, (prompt,) = _merge(pieces, "prompts", "prompt")
+  users, (user,) = _merge(pieces, "users", "user")
+  uids, (image_a, image_b) = _merge(pieces, "image_uids", "image_a", "image_b")
+  dropped: collections.Counter[str] = collections.Counter()
+  for piece in pieces:
+    dropped.update(piece.dropped)
+  return Judgements(
+    prompts=prompts,
+    image_uids=uids,
+    users=users,
+    prompt=prompt,
+    user=user,
+    image_a=image_a,
+    image_b=image_b,
+    label=np.concatenate([piece.label for piece in pieces]),
+    weight=np.concatenate([piece.weight for piece in pieces]),
+    dropped=dict(dropped),
+  )
+
+
+def _compact(
+  words: Sequence[str], *columns: np.ndarray
+) -> tuple[list[str], list[np.ndarray]]:
+  """The words that the columns use, and the columns as indices of these."""
+  used = np.unique(np.concatenate(columns))
+  used = used[used >= 0]
+  place = np.full(len(words) + 1, -1, np.int32)  # the last is for "unknown"
+  place[used] = np.arange(len(used))
+  return [words[i] for i in used], [place[column] for column in columns]
+
+
+def _merge(
+  pieces: Sequence[Judgements], words: str, *columns: str
+) -> tuple[list[str], list[np.ndarray]]:
+  """The different words of all pieces, and the columns as indices of these."""
+  merged = sorted({word for piece in pieces for word in getattr(piece, words)})
+  number = {word: i for i, word in enumerate(merged)}
+  maps = [
+    np.asarray([number[word] for word in getattr(piece, words)] + [-1], np.int32)
+    for piece in pieces
+  ]
+  return merged, [
+    np.concatenate([m[getattr(piece, column)] for m, piece in zip(maps, pieces)])
+    for column in columns
+  ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ def build(
   group_by: str = "prompt",
   ties: str = "keep",
   weight: str = "uniform",
+  tie_tolerance: float = 0.0,
 ) -> tuple[RankedLists, ListReport]:
   """Joins judgements into ranked lists of 2 to `max_size` images.
 
@@ -45,8 +46,8 @@ def build(
 
   A source of finished lists takes `paths` and `levels` as "the list as it is", `choice`
   as the best over the rest, `pairs` as all ordered pairs, `winners` as the best by
-  itself (for `sft`), and `scores` as ranks by descending score; its own ties and
-  weights stay.
+  itself (for `sft`), and `scores` as ranks by descending score, ties within
+  `tie_tolerance`; its own ties and weights stay.
 
   Args:
     source: what `sources.read` returned.
@@ -56,6 +57,9 @@ def build(
     ties: "keep" lets ties merge images where the strategy can say so, "drop" does not.
     weight: of a list: "uniform" (1), or "num_example_per_prompt" for the mean weight of
       its judgements.
+    tie_tolerance: scores are a tie if they differ by no more; of judgements the scores
+      are the two images' shares of the win (0.55 and 0.45 differ by 0.1). Among the
+      scores of a list each is compared with the best of the images it would tie with.
 
   Returns:
     The lists (possibly none, see `refuse_empty`) and what became of every judgement.
@@ -76,18 +80,31 @@ def build(
       f"data.max_list_size is {max_size}; a ranked list has at least 2 images. "
       "Set it to 2 or more (Diffusion-LPO uses 8)."
     )
+  if not tie_tolerance >= 0:
+    raise UserError(f"data.tie_tolerance is {tie_tolerance}; expected 0 or more.")
   if isinstance(source, RankedLists):
-    return _from_lists(source, strategy, max_size)
+    return _from_lists(source, strategy, max_size, tie_tolerance)
   if strategy not in STRATEGIES:
     raise UserError(
       f"data.strategy={strategy!r} needs ranked lists, but this source holds "
       f"judgements of two images. Use one of: {', '.join(STRATEGIES)}."
     )
+  if tie_tolerance:
+    source = _with_near_ties(source, tie_tolerance)
   rows = judgements_lib.number(
     source, by_user=group_by == "prompt_user", keep_ties=ties == "keep"
   )
   made = STRATEGIES[strategy](rows, max_size)
   return _finish(source, rows, made, strategy, weight)
+
+
+def _with_near_ties(source: Judgements, tolerance: float) -> Judgements:
+  """Makes ties of the labels whose two shares are close."""
+  label = np.asarray(source.label, np.float64)
+  near = (
+    np.abs(2 * label - 1) <= tolerance + 1e-6
+  )  # labels are fp32: 0.55 is 0.55000001
+  return dataclasses.replace(source, label=np.where(near, 0.5, label))
 
 
 def refuse_empty(report: ListReport) -> None:
@@ -275,6 +292,7 @@ def _make(
   rank: np.ndarray,
   score: np.ndarray,
   weight: np.ndarray,
+  source_image: np.ndarray | None = None,
 ) -> RankedLists:
   """Fills in types, offsets, list ids and what is carried along from the source."""
   offsets = np.concatenate([[0], np.cumsum(size)]).astype(np.int64)
@@ -299,6 +317,7 @@ def _make(
     images=source.images,
     models=source.models,
     image_model=source.image_model,
+    source_image=source_image,
     dropped=source.dropped,
   )
 
@@ -329,7 +348,7 @@ def _account(
 
 
 def _from_lists(
-  source: RankedLists, strategy: str, max_size: int
+  source: RankedLists, strategy: str, max_size: int, tie_tolerance: float
 ) -> tuple[RankedLists, ListReport]:
   """Splits and checks lists that came ranked; sorts them by prompt, user and uids."""
   split, uids = LIST_STRATEGIES[strategy], source.image_uids
@@ -338,6 +357,12 @@ def _from_lists(
       "data.strategy='scores' ranks by the column `scores`, which this source does not "
       "have. Use 'paths' to take its lists as they are ranked."
     )
+  if strategy != "scores" and tie_tolerance:
+    raise UserError(
+      f"data.tie_tolerance={tie_tolerance} compares scores, but data.strategy="
+      f"{strategy!r} takes the lists as they are ranked. Set data.strategy='scores', or "
+      "the tolerance to 0."
+    )
   users = np.full(len(source), -1) if source.user is None else source.user
   made, lists_dropped, tied_rows = [], collections.Counter(), 0
   for row in range(len(source)):
@@ -345,7 +370,11 @@ def _from_lists(
     image, score = source.image[span].tolist(), source.score[span].tolist()
     worse = [-s for s in score] if strategy == "scores" else source.rank[span].tolist()
     order = sorted(range(len(image)), key=lambda i: (worse[i], uids[image[i]]))
-    ranks = orders.dense([worse[i] for i in order])
+    worse = [worse[i] for i in order]
+    if strategy == "scores":
+      ranks = orders.dense(orders.anchors(worse, tie_tolerance))
+    else:
+      ranks = orders.dense(worse)
     tied_rows += len(set(ranks)) < len(ranks)
     cuts = split(ranks, max_size)
     if not cuts:
@@ -374,6 +403,7 @@ def _from_lists(
     rank=np.asarray([r for window in made for r in window.key[3]], np.int64),
     score=np.asarray([s for window in made for s in window.score]),
     weight=source.weight[rows],
+    source_image=None if source.source_image is None else source.source_image[rows],
   )
   # A recorded ranking that was split counts once, with its first window.
   used = np.zeros(len(made), np.int64)

@@ -1,4 +1,4 @@
-"""Partial orders on the images of one prompt: cut cycles, cover by paths, level ties.
+"""Partial orders on the images of one prompt: cover them by paths, level ties.
 
 Everything here works on one connected *component*: images are the integers 0..n-1, wins
 are (winner, loser) and ties (a, b), both strongest first. What is otherwise equal is
@@ -9,24 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 
-Edge = tuple[int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Component:
-  """Images that judgements connect.
-
-  Attributes:
-    count: number of images n.
-    wins: (winner, loser), strongest majority first.
-    ties: (a, b) with a < b, most votes first.
-  """
-
-  count: int
-  wins: Sequence[Edge]
-  ties: Sequence[Edge] = ()
+from lpo_jax.data.precedence import Component, Edge, Order, consistent, kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,145 +47,6 @@ class Outcome:
   cut: Sequence[int] = ()
   yielded: Sequence[int] = ()
   all_tied: Sequence[int] = ()
-
-
-class Order:
-  """A partial order that grows win by win, tie by tie, and refuses to be circular.
-
-  Keeps a topological position per image and repairs it locally (Pearce and Kelly 2006,
-  "A dynamic topological sort algorithm for directed acyclic graphs"). A tie contracts
-  two images into one group, which is legal exactly when neither stands above the other.
-
-  Attributes:
-    group: for each image the image that stands for its tied group (see `find`).
-    above: for each group the groups that beat it directly.
-    below: for each group the groups it beats directly.
-    position: for each group its place in a topological order, winners first.
-  """
-
-  def __init__(self, count: int):
-    self.group = list(range(count))
-    self.above: list[set[int]] = [set() for _ in range(count)]
-    self.below: list[set[int]] = [set() for _ in range(count)]
-    self.position = list(range(count))
-
-  def find(self, image: int) -> int:
-    """Returns the representative of the image's tied group."""
-    while self.group[image] != image:
-      self.group[image] = self.group[self.group[image]]
-      image = self.group[image]
-    return image
-
-  def prefer(self, winner: int, loser: int) -> bool:
-    """Adds winner > loser; returns False, unchanged, if that would close a cycle."""
-    winner, loser = self.find(winner), self.find(loser)
-    if winner == loser:
-      return False
-    if self.position[winner] > self.position[loser]:
-      beaten = self._reach(loser, self.below, 1, self.position[winner])
-      if winner in beaten:
-        return False
-      beating = self._reach(winner, self.above, -1, self.position[loser])
-      self._reorder(beating, beaten)
-    self.below[winner].add(loser)
-    self.above[loser].add(winner)
-    return True
-
-  def equate(self, a: int, b: int) -> bool:
-    """Joins the groups of a and b; False, unchanged, if one stands above the other."""
-    a, b = self.find(a), self.find(b)
-    if a == b:
-      return True
-    if self.position[a] > self.position[b]:
-      a, b = b, a
-    beaten = self._reach(a, self.below, 1, self.position[b])
-    if b in beaten:
-      return False
-    # The order in which b comes just before a also has room for both in b's place:
-    # everything above either is before it and everything below either is after it.
-    self._reorder(self._reach(b, self.above, -1, self.position[a]), beaten)
-    self.group[a] = b
-    for neighbours, back in ((self.below, self.above), (self.above, self.below)):
-      for other in neighbours[a]:
-        back[other].discard(a)
-        back[other].add(b)
-      neighbours[b] |= neighbours[a]
-      neighbours[a] = set()
-    return True
-
-  def levels(self) -> list[int]:
-    """Returns for each image the longest chain of wins that leads down to it."""
-    count = len(self.group)
-    level = [0] * count
-    groups = [image for image in range(count) if self.group[image] == image]
-    for group in sorted(groups, key=self.position.__getitem__):
-      level[group] = max((level[up] + 1 for up in self.above[group]), default=0)
-    return [level[self.find(image)] for image in range(count)]
-
-  def _reach(self, start: int, step: list[set[int]], sign: int, limit: int) -> set[int]:
-    """Groups reachable from `start` whose position has not passed `limit`."""
-    seen, stack = {start}, [start]
-    while stack:
-      for other in step[stack.pop()]:
-        if other not in seen and sign * (limit - self.position[other]) >= 0:
-          seen.add(other)
-          stack.append(other)
-    return seen
-
-  def _reorder(self, first: set[int], second: set[int]) -> None:
-    """Lets `first` precede `second` within the positions they hold together."""
-    by_position = self.position.__getitem__
-    slots = sorted(self.position[group] for group in first | second)
-    groups = sorted(first, key=by_position) + sorted(second, key=by_position)
-    for group, slot in zip(groups, slots, strict=True):
-      self.position[group] = slot
-
-
-def consistent(component: Component) -> tuple[Order, list[int], list[int]]:
-  """Builds the order that keeps the strongest wins, then the ties that fit.
-
-  Wins are taken strongest first and one that would close a cycle with stronger ones is
-  cut: of every cycle the weakest win goes, and none is cut without need (ranked pairs).
-
-  Args:
-    component: the images and what was said about them.
-
-  Returns:
-    The order, indices of the wins that were cut, indices of the ties that yielded.
-
-  Reference:
-    Tideman 1987, "Independence of clones as a criterion for voting rules".
-
-  >>> consistent(Component(3, [(0, 1), (1, 2), (2, 0)]))[1]
-  [2]
-  """
-  order = _acyclic(component)
-  cut: list[int] = []
-  if order is None:
-    order = Order(component.count)
-    cut = [i for i, win in enumerate(component.wins) if not order.prefer(*win)]
-  yielded = [i for i, tie in enumerate(component.ties) if not order.equate(*tie)]
-  return order, cut, yielded
-
-
-def _acyclic(component: Component) -> Order | None:
-  """The order of wins without cycles by one topological sort; None if there is one."""
-  order = Order(component.count)
-  for winner, loser in component.wins:
-    order.below[winner].add(loser)
-    order.above[loser].add(winner)
-  waiting = [len(above) for above in order.above]
-  queue = [image for image, above in enumerate(waiting) if not above]
-  for image in queue:  # grows while it is read
-    for loser in order.below[image]:
-      waiting[loser] -= 1
-      if not waiting[loser]:
-        queue.append(loser)
-  if len(queue) < component.count:
-    return None
-  for position, image in enumerate(queue):
-    order.position[image] = position
-  return order
 
 
 def paths(component: Component, max_size: int) -> Outcome:
@@ -292,8 +139,8 @@ def levels(component: Component, max_size: int) -> Outcome:
     Lists with ties.
   """
   order, cut, yielded = consistent(component)
-  wins = _kept(component.wins, cut)
-  ties = _kept(component.ties, yielded)
+  wins = kept(component.wins, cut)
+  ties = kept(component.ties, yielded)
   level = order.levels()
   joined = Order(component.count)  # only its groups are used: who is connected to whom
   for a, b in (*wins, *ties):
@@ -322,18 +169,27 @@ def levels(component: Component, max_size: int) -> Outcome:
   return Outcome(lists, cut, yielded, all_tied)
 
 
-def _kept(edges: Sequence[Edge], refused: Iterable[int]) -> dict[Edge, int]:
-  """The edges that stay, with their indices."""
-  refused = set(refused)
-  return {edge: index for index, edge in enumerate(edges) if index not in refused}
-
-
 def dense(values: Sequence[int]) -> list[int]:
   """Ranks of ascending values: equal values share a rank and none is left out."""
   ranks: list[int] = []
   for i, value in enumerate(values):
     ranks.append(0 if i == 0 else ranks[-1] + int(value != values[i - 1]))
   return ranks
+
+
+def anchors(values: Sequence[float], tolerance: float) -> list[float]:
+  """Replaces ascending values by the first of those that are at most `tolerance` less.
+
+  Groups do not chain: 0, 0.6 and 1.2 are two groups with a tolerance of 1.
+
+  >>> anchors([0.0, 0.6, 1.2, 1.9], 1.0)
+  [0.0, 0.0, 1.2, 1.2]
+  """
+  made: list[float] = []
+  for value in values:
+    near = bool(made) and value - made[-1] <= tolerance
+    made.append(made[-1] if near else value)
+  return made
 
 
 def _windows(
@@ -349,19 +205,31 @@ def _windows(
   def place(image: int) -> tuple[int, int]:
     return level[image], image
 
+  # Neighbours worst first: covered ones are dropped from the end, never looked at again.
+  waiting = {
+    image: sorted(others, key=place, reverse=True) for image, others in near.items()
+  }
+
+  def nearest(image: int) -> list[tuple[int, int]]:
+    others, uncovered = waiting[image], near[image]
+    while others and others[-1] not in uncovered:
+      others.pop()
+    found = (place(other) for other in reversed(others) if other in uncovered)
+    return list(itertools.islice(found, max_size))
+
   lists = []
   for winner, loser in sorted(wins, key=lambda win: (place(win[0]), place(win[1]))):
     if loser not in near[winner]:
       continue
     window, frontier = {winner, loser}, []
     for image in (winner, loser):
-      frontier += heapq.nsmallest(max_size, map(place, near[image]))
+      frontier += nearest(image)
     heapq.heapify(frontier)
     while frontier and len(window) < max_size:
       _, image = heapq.heappop(frontier)
       if image not in window:
         window.add(image)
-        for other in heapq.nsmallest(max_size, map(place, near[image])):
+        for other in nearest(image):
           heapq.heappush(frontier, other)
     lists.append(_window(sorted(window), wins, ties, near))
   return lists

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ class RankedLists:
     images: the encoded images by index, or None.
     models: generators that `image_model` indexes.
     image_model: [I] int32, -1 where unknown; None if no image has one.
+    source_image: [B] int32 index into `image_uids` of the image that the list's images
+      edit, as its prompt instructs; None where nothing is edited.
     dropped: reason -> number of rows refused while reading.
   """
 
@@ -48,6 +51,7 @@ class RankedLists:
   images: ImageStore | None = None
   models: Sequence[str] = ()
   image_model: np.ndarray | None = None
+  source_image: np.ndarray | None = None
   dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
@@ -150,6 +154,33 @@ DROP_REASONS = (
   "all_tied",
   "single_image",
 )
+
+
+def add_reports(reports: Iterable[ListReport]) -> ListReport:
+  """Returns the account of everything, from accounts of disjoint sets of prompts.
+
+  All but `images` is then exact: an image may be in several sets, and counts in each.
+  """
+  reports = list(reports)
+  sums = {
+    field.name: sum(getattr(report, field.name) for report in reports)
+    for field in dataclasses.fields(ListReport)
+    if field.type == "int"
+  }
+  counters = {
+    name: sum((Counter(getattr(r, name)) for r in reports), Counter())
+    for name in ("lists_dropped", "lengths")
+  }
+  # The shares are ratios of whole numbers, and these are what is added up.
+  over_two = sum(round(r.share_over_two * r.judgements_used) for r in reports)
+  used = sums["judgements_used"]
+  return ListReport(
+    strategy=reports[0].strategy,
+    **sums,
+    lists_dropped=dict(sorted(counters["lists_dropped"].items())),
+    lengths=dict(sorted(counters["lengths"].items())),
+    share_over_two=over_two / used if used else 0.0,
+  )
 
 
 def list_ids(

@@ -227,9 +227,6 @@ def test_missing_column_is_named_with_the_nearest(tmp_path):
 
   with pytest.raises(UserError, match=r"no column 'caption'.*is 'captions'"):
     sources.read(rewrite(path, rename))
-  no_images = rewrite(write(path), lambda t: t.drop_columns(["jpg_0", "jpg_1"]))
-  with pytest.raises(UserError, match="no column 'jpg_0'"):
-    sources.read(no_images)
 
 
 def test_strange_files_are_named(tmp_path):
@@ -281,7 +278,7 @@ def test_paths_without_data(tmp_path):
   with pytest.raises(UserError, match=r"no such file.*did you mean.*pick\.parquet"):
     sources.read(tmp_path / "pikc.parquet")
   (tmp_path / "void").mkdir()
-  with pytest.raises(UserError, match=r"no \.parquet or \.jsonl file"):
+  with pytest.raises(UserError, match=r"no \.parquet, \.jsonl, \.tar or"):
     sources.read(tmp_path / "void")
   with pytest.raises(UserError, match="did you mean 'pickapic'"):
     sources.read(tmp_path, "pickapick")
@@ -364,8 +361,8 @@ def test_lists_in_json_lines(tmp_path):
   path.write_text(json.dumps(rows[0]) + "\n{oops\n")
   with pytest.raises(UserError, match=r"l\.jsonl, line 2"):
     sources.read(path)
-  path.write_text(json.dumps({"prompt": "p", "image_uids": ["a"]}))
-  with pytest.raises(UserError, match="no column 'images'"):
+  path.write_text(json.dumps({"prompt": "p", "images": ["a"]}))
+  with pytest.raises(UserError, match=r"no column 'image_uids'.*'images'"):
     sources.read(path)
   path.write_text(json.dumps({**rows[0], "ranks": ["best", "worst", "worst"]}))
   with pytest.raises(UserError, match="'ranks' is of type"):

@@ -22,7 +22,13 @@ PARAMETERS = {
   "clip_vit_l_text": 123_060_480,
   "openclip_h_text": 340_387_840,
   "openclip_bigg_text": 694_659_840,
+  "clip_vit_l_vision": 303_966_208,
+  "openclip_h_vision": 632_076_800,
 }
+
+
+def test_every_architecture_is_counted():
+  assert {file.stem for file in FOLDER.glob("*.json")} == PARAMETERS.keys()
 
 
 def read(name):
@@ -58,6 +64,7 @@ def test_torch_counts_the_same(name):
       module = getattr(diffusers, config["_class_name"]).from_config(config)
     else:
       transformers = pytest.importorskip("transformers")
-      text = transformers.CLIPTextConfig(**config)
-      module = getattr(transformers, config["architectures"][0])(text)
+      kind = config["architectures"][0]
+      fields = "CLIPVisionConfig" if "Vision" in kind else "CLIPTextConfig"
+      module = getattr(transformers, kind)(getattr(transformers, fields)(**config))
   assert sum(p.numel() for p in module.parameters()) == PARAMETERS[name]
