@@ -177,6 +177,7 @@ def batch_shardings(mesh: Mesh, batch: Batch) -> Batch:
     item=where.item,
     slot=everywhere,
     ranking=jax.tree.map(lambda _: everywhere, batch.ranking),
+    trajectory=where.trajectory,
   )
 
 

@@ -324,6 +324,8 @@ def refused(outcome, *words):
     ("train.optimizer_args.momentum=1", ("'momentum'", "weight_decay")),
     ("train.trainable=(('(',True),)", ("trainable rules", "(regex, value) pairs")),
     ("model.dtype=float3", ("'float3'", "did you mean 'float32'?")),
+    ("model.remat=block", ("'block'", "'blocks'? Known: blocks, dots, full, none")),
+    ("model.scan=stack", ("'stack'", "did you mean 'stacks'? Known: none, stacks")),
     ("model.path=", ("model.path is not set",)),
     ("model.path=/nowhere", ("'/nowhere' does not exist",)),
     ("mesh.data=3", ("mesh.data=3", "does not cover the 1 device(s)")),

@@ -18,8 +18,9 @@ from lpo_jax import console, parallel, pretrained
 from lpo_jax.data import prompts as prompt_sets
 from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.generation import Generator
-from lpo_jax.jobs import sampling
+from lpo_jax.jobs import adapters, sampling
 from lpo_jax.jobs import train as train_job
+from lpo_jax.pretrained import lora as lora_files
 from lpo_jax.scoring import scorers, win_rate
 
 # What decides the pixels besides the weights; a change draws everything again.
@@ -106,12 +107,16 @@ def comparisons(names: Sequence[str], baseline: str) -> list[tuple[str, str]]:
   return [(name, baseline) for name in others] + head_to_head
 
 
-def candidate_params(location: str, mesh: jax.sharding.Mesh) -> tuple[Any, str]:
-  """Loads a candidate's UNet: a run's workdir, or a diffusers folder.
+def candidate_params(
+  location: str, mesh: jax.sharding.Mesh, base_folder: str = ""
+) -> tuple[Any, str]:
+  """Loads a candidate's UNet: a run's workdir, a diffusers folder, or a LoRA file.
 
   Args:
-    location: a folder; of a run, `folder@STEP` picks a checkpoint, else the latest.
+    location: a folder or file; of a run, `folder@STEP` picks a checkpoint, else the
+      latest.
     mesh: where to put the parameters.
+    base_folder: the pipeline that a LoRA file is added to.
 
   Returns:
     The parameters as global arrays, and words that identify them.
@@ -126,6 +131,9 @@ def candidate_params(location: str, mesh: jax.sharding.Mesh) -> tuple[Any, str]:
     own = ml_collections.ConfigDict(json.loads(file.read_text("utf-8")))
     params, step = train_job.trained_params(own, folder, mesh, step)
     return params, f"{folder.resolve()}@{step}"
+  networks = (folder / "config.json", folder / "unet" / "config.json")
+  if not any(file.is_file() for file in networks) and lora_files.find(folder):
+    return adapters.merged(folder, base_folder, mesh)
   part = pretrained.load(location, "unet")
   shardings = parallel.param_shardings(part.params, mesh)
   identity = pretrained.fingerprint(location, "unet")
@@ -149,9 +157,9 @@ def draw(
   """
   from PIL import Image
 
-  params, identity = candidate_params(location, mesh)
+  params, identity = candidate_params(location, mesh, config.model.path)
   settings = {key: config.eval[key] for key in DRAWING_KEYS}
-  settings |= {"weights": identity, "pipeline": str(config.model.path)}
+  settings |= {"weights": identity, "pipeline": sampling.pipeline_identity(config)}
   settings["prompts"] = hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
   file = folder / "drawing.json"
   if parallel.is_main_process():

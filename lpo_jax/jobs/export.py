@@ -1,4 +1,4 @@
-"""The export job: a run's weights as a diffusers folder, reloaded and compared."""
+"""The export job: a run's weights in diffusers' files, reloaded and compared."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,9 +16,10 @@ import numpy as np
 
 from lpo_jax import console, parallel, pretrained, trees
 from lpo_jax.errors import UserError, unknown_name
+from lpo_jax.jobs import adapters
 from lpo_jax.jobs import train as train_job
-
-KINDS = ("pipeline", "unet")
+from lpo_jax.models import lora
+from lpo_jax.pretrained import lora as lora_files
 
 # Largest difference to diffusers' own UNet, of the output's norm: fp32 on both sides.
 TOLERANCE = 1e-4
@@ -36,25 +38,81 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   Raises:
     UserError: no checkpoint, an unknown kind, or an export that is not what was trained.
   """
-  if config.export.kind not in KINDS:
-    raise unknown_name("export.kind", config.export.kind, KINDS)
-  workdir = pathlib.Path(workdir)
+  kind = config.export.kind
+  if kind not in KINDS:
+    raise unknown_name("export.kind", kind, KINDS)
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
-  params, step = train_job.trained_params(config, workdir, mesh)
-  base = pretrained.load(config.model.path, "unet")
-  part = dataclasses.replace(base, params=params)
+  return KINDS[kind](config, pathlib.Path(workdir), mesh)
+
+
+def _clear(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+  """Removes an earlier export; returns the folder for the new one."""
   target = pathlib.Path(config.export.path or workdir / "export")
   if parallel.is_main_process() and _is_our_export(target):
     shutil.rmtree(target)
   parallel.barrier("export cleared")
-  if config.export.kind == "pipeline":
-    parts = {"unet": part, **widened_text_encoders(config.model.path)}
-    pretrained.save_pipeline(config.model.path, target, parts)
-  else:
-    pretrained.save(target, part)
-  checked = compare(target, part)
+  return target
+
+
+def _trained(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+) -> tuple[pretrained.Part, int]:
+  params, step = train_job.trained_params(config, workdir, mesh)
+  base = pretrained.load(config.model.path, "unet")
+  return dataclasses.replace(base, params=params), step
+
+
+def _done(target: pathlib.Path, step: int, checked: str) -> dict[str, Any]:
   console.say(f"exported step {step} to {target}: {checked}")
   return {"path": str(target), "step": step, "checked": checked}
+
+
+def export_pipeline(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+  """Writes a whole pipeline with the trained UNet, factors merged."""
+  part, step = _trained(config, workdir, mesh)
+  target = _clear(config, workdir)
+  parts = {"unet": part, **widened_text_encoders(config.model.path)}
+  pretrained.save_pipeline(config.model.path, target, parts)
+  return _done(target, step, compare(target, part))
+
+
+def export_unet(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+  """Writes the trained UNet alone, factors merged."""
+  part, step = _trained(config, workdir, mesh)
+  target = _clear(config, workdir)
+  pretrained.save(target, part)
+  return _done(target, step, compare(target, part))
+
+
+def export_lora(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+  """Writes the trained factors, or those nearest to what a full fine-tune changed."""
+  plan, trainable, step = train_job.restore_published(config, workdir, mesh)
+  base = pretrained.load(config.model.path, "unet")
+  target = pathlib.Path(config.export.path or workdir / "lora")
+  if plan.tuning.layout:
+    adapter = lora.Adapter(trainable, plan.tuning.layout)
+    file = adapters.write(config, target, adapter, step)
+  else:
+    found = adapters.extract(config, base.params, trainable)
+    adapter = found.adapter
+    file = adapters.write(config, target, adapter, step)
+    adapters.write_kept(target, found)
+  checked = compare_lora(file, adapter, base, config.model.path, config.export.dtype)
+  return _done(file, step, checked)
+
+
+KINDS: dict[str, Callable[..., dict[str, Any]]] = {
+  "pipeline": export_pipeline,
+  "merged": export_pipeline,
+  "unet": export_unet,
+  "lora": export_lora,
+}
 
 
 def widened_text_encoders(path: str) -> dict[str, pretrained.Part]:
@@ -65,7 +123,7 @@ def widened_text_encoders(path: str) -> dict[str, pretrained.Part]:
   """
   parts = {}
   for name in ("text_encoder", "text_encoder_2"):
-    if (pathlib.Path(path) / name).is_dir():
+    if (pretrained.local_folder(path) / name).is_dir():
       part = pretrained.load(path, name, dtype=None)
       if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(part.params)):
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), part.params)
@@ -99,20 +157,104 @@ def compare(target: pathlib.Path, part: pretrained.Part) -> str:
         "its file system is not to be trusted. Export to another place."
       )
   said = f"{len(wanted)} tensors read back, equal to the bit"
+  return f"{said}; {ask_diffusers(back, lambda: load_diffusers(target), str(target))}"
+
+
+def compare_lora(
+  file: pathlib.Path,
+  adapter: lora.Adapter,
+  base: pretrained.Part,
+  base_folder: str,
+  dtype: str,
+) -> str:
+  """Reads a LoRA file back and compares it with what was trained.
+
+  Factors must be equal to the bit once rounded to `dtype`, ranks and alphas equal; where
+  torch and PEFT are installed, diffusers adds the file to the base and must predict what
+  the merged weights do.
+
+  Returns:
+    What was compared, in words.
+
+  Raises:
+    UserError: a factor, an alpha or a prediction differs.
+  """
+  back = lora_files.load(file, base.model).adapter
+  wanted = trees.named_leaves(parallel.fetch(adapter.delta))
+  for name, leaf in trees.named_leaves(back.delta).items():
+    if not np.array_equal(leaf, wanted[name].astype(dtype).astype(np.float32)):
+      raise UserError(
+        f"{file}: factor {name} read back differs from what was trained; the disk or its "
+        "file system is not to be trusted. Export to another place."
+      )
+  if dict(back.layout) != dict(adapter.layout):
+    raise UserError(
+      f"{file}: ranks or alphas read back differ from what was trained; please report "
+      "this with the file."
+    )
+  said = f"{len(wanted)} factors read back, equal to the bit"
+  if importlib.util.find_spec("peft") is None:
+    return f"{said} (diffusers itself not asked: peft is not installed)"
+  alphas = {alpha for site in back.layout.values() for alpha in site.alphas}
+  if len(alphas) > 1 and file.name != lora_files.FILE_NAME:
+    return f"{said} (diffusers itself not asked: of kohya's alphas it reads only one)"
+  params = jax.jit(lambda b, d: lora.merge(b, d, back.layout))(base.params, back.delta)
+  part = dataclasses.replace(base, params=params)
+  said_too = ask_diffusers(part, lambda: load_diffusers(base_folder, file), str(file))
+  return f"{said}; {said_too}"
+
+
+def ask_diffusers(part: pretrained.Part, load: Callable[[], Any], where: str) -> str:
+  """Compares a prediction with that of diffusers' own UNet, where torch is installed.
+
+  Returns:
+    What was compared, in words.
+
+  Raises:
+    UserError: the predictions differ.
+  """
   if not parallel.is_main_process() or importlib.util.find_spec("torch") is None:
-    return said + " (diffusers itself not asked: torch is not installed)"
-  error = difference_to_diffusers(target, back)
+    return "diffusers itself not asked (torch is not installed)"
+  error = difference_to_diffusers(load(), part)
   if not error <= TOLERANCE:
     raise UserError(
-      f"{target}: diffusers' UNet predicts something else (relative error {error:.1e}, "
+      f"{where}: diffusers' UNet predicts something else (relative error {error:.1e}, "
       f"expected at most {TOLERANCE:.0e}); please report this with unet/config.json."
     )
-  return said + f"; diffusers predicts the same (relative error {error:.0e})"
+  return f"diffusers predicts the same (relative error {error:.0e})"
 
 
-def difference_to_diffusers(target: pathlib.Path, part: pretrained.Part) -> float:
-  """Relative error, by norm, of our prediction against diffusers' on PyTorch."""
+def load_diffusers(folder: Any, file: pathlib.Path | None = None) -> Any:
+  """Loads a UNet with diffusers on PyTorch, with a LoRA file if there is one."""
   import diffusers
+  import torch
+
+  unet = diffusers.UNet2DConditionModel.from_pretrained(
+    folder, subfolder="unet", low_cpu_mem_usage=False, torch_dtype=torch.float32
+  )
+  if file is not None:
+    loader = diffusers.loaders.StableDiffusionLoraLoaderMixin
+    state, alphas, metadata = loader.lora_state_dict(
+      str(file.parent),
+      weight_name=file.name,
+      unet_config=unet.config,
+      return_lora_metadata=True,
+    )
+    loader.load_lora_into_unet(
+      state, network_alphas=alphas, unet=unet, metadata=metadata
+    )
+    for parameter in unet.parameters():  # a narrow file's factors
+      parameter.data = parameter.data.float()
+  return unet
+
+
+def difference_to_diffusers(theirs: Any, part: pretrained.Part) -> float:
+  """Relative error, by norm, of our prediction against diffusers' on PyTorch.
+
+  Args:
+    theirs: a diffusers.UNet2DConditionModel.
+    part: our UNet of the same weights.
+  """
   import torch
 
   config = part.config
@@ -134,9 +276,6 @@ def difference_to_diffusers(target: pathlib.Path, part: pretrained.Part) -> floa
       "text_embeds": torch.from_numpy(pooled), "time_ids": torch.from_numpy(time_ids)
     }  # fmt: skip
   ours = jax.jit(part.apply)(part.params, latents, timesteps, embeds, **extra)
-  theirs = diffusers.UNet2DConditionModel.from_pretrained(
-    target, subfolder="unet", low_cpu_mem_usage=False
-  )
   with torch.no_grad():
     output = theirs(
       torch.from_numpy(latents.transpose(0, 3, 1, 2)),

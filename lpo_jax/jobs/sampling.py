@@ -32,7 +32,16 @@ def make_generator(
     eta=ev.eta,
     batch_size=ev.batch_size,
     dtype=jnp.dtype(config.model.dtype),
+    clip_skip=config.model.clip_skip,
+    vae_tile=config.model.vae_tile,
   )
+
+
+def pipeline_identity(config: ml_collections.ConfigDict) -> str:
+  """Names what decides how an image looks, besides the UNet and the `eval` section."""
+  used = {key: config.model[key] for key in ("clip_skip", "vae_tile")}
+  words = [f"{key}={value}" for key, value in used.items() if value]
+  return " ".join([str(config.model.path), *words])
 
 
 class RunSamples:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import pathlib
-import signal
 import time
 from typing import Any
 
@@ -17,15 +15,19 @@ import numpy as np
 
 from lpo_jax import console, models, objectives, parallel, pretrained
 from lpo_jax.data.pipeline import Batches
-from lpo_jax.diffusion import noising, schedule
+from lpo_jax.diffusion import noising, schedule, weighting
 from lpo_jax.errors import StoppedEarly, UserError, unknown_name
+from lpo_jax.jobs import adapters
 from lpo_jax.jobs import cache as cache_job
 from lpo_jax.jobs.sampling import RunSamples
+from lpo_jax.jobs.stops import StopRequests
+from lpo_jax.training import online as online_lib
 from lpo_jax.training import optimizer as optimizer_lib
 from lpo_jax.training import state as state_lib
 from lpo_jax.training import step as step_lib
 from lpo_jax.training.checkpoint import Checkpoints
 from lpo_jax.training.report import Report
+from lpo_jax.training.tuning import Tuning
 
 # Keys that may change between the sessions of one run without making it another run.
 FREE_KEYS = (
@@ -34,11 +36,14 @@ FREE_KEYS = (
   "eval.",
   "export.",
   "inspect.",
+  "select.",
+  "generate.",
   "quickstart.publish",
   "data.cache",
   "data.max_bad_images",
   "model.attention",
   "model.remat",
+  "model.scan",
   "train.total_steps",
   "train.microbatch",
   "train.checkpoint_every",
@@ -60,9 +65,6 @@ LEAST = {
   "log_every": 1,
   "max_minutes": 0,
 }
-
-# On several hosts all must stop at the same step; they ask each other this often.
-AGREE_EVERY = 16
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -95,27 +97,35 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   cache = cache_job.open_for(config, workdir)
   batches = Batches(
     cache,
-    images_per_update=train.images_per_update,
+    images_per_update=slots_of_data(config),
     seed=config.seed,
     caption_dropout=config.data.caption_dropout,
+    flip=config.data.flip,
+    time_ids=config.data.time_ids,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
   plan = make_plan(config, mesh)
-  params = pretrained.load(config.model.path, "unet", sharding=plan.shardings).params
-  ref_params = None
-  if plan.method.has_reference:
-    ref_params = reference_params(plan.model, params)
+  # No name is given to the base: what neither tree needs of it is let go.
+  trainable, frozen = plan.begin(
+    pretrained.load(config.model.path, "unet", sharding=plan.shardings).params, mesh
+  )
+  online = make_online(config, mesh, plan, frozen, batches)
   remember_config(config, workdir)  # only now: what cannot start claims no workdir
   start = 0
   if checkpoints.latest is None:
     state = state_lib.place(
-      mesh, params, plan.optimizer, with_ema=train.ema > 0, shardings=plan.shardings
+      mesh,
+      trainable,
+      plan.optimizer,
+      with_ema=train.ema > 0,
+      shardings=jax.tree.map(lambda x: x.sharding, trainable),
     )
   else:
     state, meta = checkpoints.restore(plan.like)
     batches.set_state(meta["data"])
     start = int(state.step)
+    online.restore(checkpoints.restore_online(online.like, start))
     console.say(f"resuming from step {start} of {train.total_steps}")
   say_arithmetic(config, mesh, cache, batches)
 
@@ -130,7 +140,16 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   )
   try:
     return _loop(
-      config, workdir, mesh, plan, state, ref_params, batches, checkpoints, report
+      config,
+      workdir,
+      mesh,
+      plan,
+      state,
+      frozen,
+      batches,
+      online,
+      checkpoints,
+      report,
     )
   finally:
     report.close()
@@ -146,16 +165,23 @@ class Plan:
   Attributes:
     model: the UNet's structure.
     method: networks, noising, objective.
+    tuning: what of the network is trained.
     optimizer: the gradient transformation.
-    shardings: of the parameters, by name.
+    shardings: of the network's weights, by name.
     like: the train state as ShapeDtypeStructs with shardings.
   """
 
   model: models.Model
   method: step_lib.Method
+  tuning: Tuning
   optimizer: Any
   shardings: Any
   like: state_lib.TrainState
+
+  def begin(self, base: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+    """Makes the trainable tree before the first update, and the frozen one."""
+    frozen = self.tuning.freeze(base, self.method.has_reference)
+    return self.tuning.start(base, mesh), frozen
 
 
 def make_plan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Plan:
@@ -168,21 +194,25 @@ def make_plan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Pla
     dtype=jnp.dtype(config.model.dtype),
     attention=config.model.attention,
     remat=config.model.remat,
+    scan=config.model.scan,
   )
+  tuning = adapters.make_tuning(config, model)
+  forward = schedule.from_config(pretrained.scheduler_config(path))
   method = step_lib.Method(
     unet=model.apply,
-    schedule=schedule.from_config(pretrained.scheduler_config(path)),
+    schedule=forward,
     noising=noise,
     objective=objective,
     seed=config.seed,
     scaling_factor=pretrained.read_config(path, "vae").get("scaling_factor", 0.18215),
+    weighting=weighting.get(schedule=forward, **config.weighting),
+    weights=tuning.weights,
     microbatch=train.microbatch,
     unroll=jax.default_backend() == "cpu",
   )
-  shapes = model.abstract_params
   optimizer = optimizer_lib.build(
     train.optimizer,
-    shapes,
+    tuning.shapes,
     learning_rate=train.learning_rate,
     warmup_steps=train.warmup_steps,
     clip_norm=train.clip_norm,
@@ -191,29 +221,52 @@ def make_plan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Pla
     on_nonfinite=train.on_nonfinite,
     options=train.optimizer_args,
   )
-  shardings = parallel.param_shardings(shapes, mesh)
   like = state_lib.placement(
-    mesh, shapes, optimizer, with_ema=train.ema > 0, shardings=shardings
+    mesh,
+    tuning.shapes,
+    optimizer,
+    with_ema=train.ema > 0,
+    shardings=parallel.param_shardings(tuning.shapes, mesh),
   )
-  return Plan(model, method, optimizer, shardings, like)
+  shardings = parallel.param_shardings(model.abstract_params, mesh)
+  return Plan(model, method, tuning, optimizer, shardings, like)
 
 
-def reference_params(model: models.Model, params: Any) -> Any:
-  """The frozen copy, each parameter in the precision in which the network uses it.
+def slots_of_data(config: ml_collections.ConfigDict) -> int:
+  """How many images of an update come from the data; the others are generated."""
+  if not config.online:
+    return config.train.images_per_update
+  options = online_lib.settings(config.train.images_per_update, **config.online)
+  return options.rollouts
 
-  The policy's matrices are rounded to the compute dtype where they are used, its biases
-  and norms are not; only a reference stored the same way gives margins of exactly 0.
-  """
-  # The copy must own its memory: the policy's is donated to the first step.
-  return jax.jit(lambda tree: jax.tree.map(lambda x: x + 0, model.narrow(tree)))(params)
+
+def make_online(
+  config: ml_collections.ConfigDict,
+  mesh: jax.sharding.Mesh,
+  plan: Plan,
+  frozen: Any,
+  batches: Batches,
+) -> online_lib.Offline | online_lib.Online:
+  """What stands between the data and the step: nothing, or rollouts and their buffer."""
+  if not config.online:
+    return online_lib.Offline()
+  return online_lib.Online(
+    online_lib.settings(config.train.images_per_update, **config.online),
+    method=plan.method,
+    mesh=mesh,
+    params=plan.like.params,
+    frozen=frozen,
+    experts=batches.batch_spec,
+    more=lambda: parallel.global_batch(mesh, next(batches)),
+  )
 
 
 def check_settings(config: ml_collections.ConfigDict) -> None:
   """Refuses settings that can be known to be wrong before anything is loaded.
 
   Raises:
-    UserError: no model, a number out of range, an unknown dtype, objective or noising,
-      or an option they do not have.
+    UserError: no model, a number out of range, an unknown dtype, remat, scan, objective
+      or noising, or an option they do not have.
   """
   if not config.model.path:
     raise UserError(
@@ -221,6 +274,7 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     )
   if config.model.dtype not in DTYPES:
     raise unknown_name("model.dtype", config.model.dtype, DTYPES)
+  models.Settings(remat=config.model.remat, scan=config.model.scan)
   for key, least in LEAST.items():
     if (config.train[key] or 0) < least:  # None stands for 0
       raise UserError(f"train.{key}={config.train[key]}: expected at least {least}.")
@@ -229,8 +283,18 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
       f"train.ema={config.train.ema}: expected a decay from 0 (no mean is kept) to "
       "below 1, such as 0.999."
     )
+  state_lib.ema_schedule(config.train.ema_schedule, config.train.ema)
   objectives.get(**config.objective)
   noising.get(**config.noising)
+  slots_of_data(config)
+  if bool(config.online) != (config.noising.name == "trajectory"):
+    raise UserError(
+      f"noising.name={config.noising.name!r} and online={dict(config.online)}: rollouts "
+      "are what the noising 'trajectory' reads. Set both, as configs/dro_sd15.py does, "
+      "or neither."
+    )
+  forward = schedule.from_config(pretrained.scheduler_config(config.model.path))
+  weighting.get(schedule=forward, **config.weighting)
 
 
 def refuse_other_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -289,7 +353,7 @@ def say_arithmetic(config: Any, mesh: Any, cache: Any, batches: Batches) -> None
   per_device = train.images_per_update // mesh.size
   count = train.images_per_update // (train.microbatch or train.images_per_update)
   epochs = train.total_steps / max(
-    batches.lists_per_epoch * mean_size / train.images_per_update, 1e-9
+    batches.lists_per_epoch * mean_size / slots_of_data(config), 1e-9
   )
   console.say(
     f"{config.objective.name}: {train.images_per_update} images an update = "
@@ -299,14 +363,25 @@ def say_arithmetic(config: Any, mesh: Any, cache: Any, batches: Batches) -> None
   )
 
 
+def say_drawn(batches: Batches) -> None:
+  """Prints how often each source of a mixture was drawn from."""
+  if len(batches.drawn) > 1:
+    sources = (
+      f"{name} {n['lists']} lists ({n['share']:.1%}), {n['epochs']:.2f} epochs"
+      for name, n in batches.drawn.items()
+    )
+    console.say(f"drawn: {'; '.join(sources)}")
+
+
 def _loop(
   config: Any,
   workdir: pathlib.Path,
   mesh: Any,
   plan: Plan,
   state: state_lib.TrainState,
-  ref_params: Any,
+  frozen: Any,
   batches: Batches,
+  online: online_lib.Offline | online_lib.Online,
   checkpoints: Checkpoints,
   report: Report,
 ) -> dict[str, Any]:
@@ -321,11 +396,11 @@ def _loop(
   compiled = step_lib.compile_train_step(
     mesh,
     state,
-    ref_params,
-    batch,
+    frozen,
+    online.completed(batch),
     method=plan.method,
     optimizer=plan.optimizer,
-    ema_decay=train.ema,
+    ema_decay=state_lib.ema_schedule(train.ema_schedule, train.ema),
   )
   compile_seconds = time.monotonic() - began
   console.say(f"compiled in {compile_seconds:.0f} s")
@@ -334,20 +409,23 @@ def _loop(
 
   def save() -> None:
     report.flush()  # a NaN of the last step stops the run before it is saved
-    checkpoints.save(state, {"data": position})
+    checkpoints.save(state, {"data": position}, online=online.saved)
 
   with stop:
     while step < train.total_steps:
-      state, metrics = compiled(state, ref_params, batch)
+      batch = online.complete(batch, state.params, step)
+      state, metrics = compiled(state, frozen, batch)
       step += 1
-      report.push(step, metrics)
+      report.push(step, {**metrics, **online.metrics})
       position = batches.get_state()  # of the first batch not yet trained on
       if step < train.total_steps:
         waiting = time.perf_counter()
         batch = parallel.global_batch(mesh, next(batches))
         report.data_wait(time.perf_counter() - waiting)
       if samples and step % config.eval.every == 0:
-        report.image("samples", samples.draw(state.published, step), step)
+        weights = plan.tuning.outside(state.published, frozen)
+        report.image("samples", samples.draw(weights, step), step)
+        del weights  # a whole network, where factors are trained
         report.restart_clock()
       reason = stop.reason(step)
       if reason or step == train.total_steps or step % train.checkpoint_every == 0:
@@ -360,62 +438,43 @@ def _loop(
           "command goes on from there."
         )
   checkpoints.wait()
+  say_drawn(batches)
   return {
     "step": step,
     **report.last,
     "compile_seconds": compile_seconds,
     "train_seconds": time.monotonic() - began_training,
+    "rollouts_seconds": online.seconds,  # of train_seconds
     "epochs": batches.epochs_seen,
     "slot_utilisation": batches.utilisation,
+    "drawn": batches.drawn,
   }
 
 
-class StopRequests:
-  """Notices SIGTERM, SIGINT, a STOP file in the workdir, and the end of the budget."""
+def restore_published(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  mesh: jax.sharding.Mesh,
+  step: int | None = None,
+) -> tuple[Plan, Any, int]:
+  """Loads what a run's checkpoint would publish of what it trains.
 
-  def __init__(self, workdir: pathlib.Path, *, max_minutes: float, began: float):
-    self._file = workdir / "STOP"
-    self._deadline = began + 60 * max_minutes if max_minutes else float("inf")
-    self._signal: str | None = None
-    self._old: dict[int, Any] = {}
+  Args:
+    config: the run's.
+    workdir: the run's.
+    mesh: where to put the parameters.
+    step: which checkpoint; default the latest.
 
-  def __enter__(self) -> StopRequests:
-    for number in (signal.SIGTERM, signal.SIGINT):
-      with contextlib.suppress(ValueError):  # not the main thread: a notebook
-        self._old[number] = signal.signal(number, self._note)
-    return self
-
-  def __exit__(self, *unused: Any) -> None:
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
-
-  def _note(self, number: int, frame: Any) -> None:
-    del frame
-    self._signal = signal.Signals(number).name
-
-  def forget(self) -> None:
-    """Removes the STOP file, so that the same command goes on."""
-    parallel.barrier("stopped")
-    if parallel.is_main_process():
-      self._file.unlink(missing_ok=True)
-
-  def reason(self, step: int) -> str | None:
-    """Why to stop after `step`, the same on every process; None to go on."""
-    reason = None
-    if self._signal:
-      reason = f"received {self._signal}"
-    elif self._file.exists():
-      reason = f"found {self._file}"
-    elif time.monotonic() > self._deadline:
-      reason = "train.max_minutes is over"
-    if jax.process_count() == 1:
-      return reason
-    if step % AGREE_EVERY:
-      return None
-    from jax.experimental import multihost_utils
-
-    any_host = multihost_utils.process_allgather(np.array(reason is not None)).any()
-    return (reason or "another host asked to stop") if any_host else None
+  Returns:
+    The run's plan, its EMA if it has one or else its parameters, and their step.
+  """
+  plan = make_plan(config, mesh)
+  checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.train.keep_last)
+  try:
+    state, _ = checkpoints.restore(plan.like, step)
+  finally:
+    checkpoints.close()
+  return plan, state.published, int(state.step)
 
 
 def trained_params(
@@ -424,7 +483,7 @@ def trained_params(
   mesh: jax.sharding.Mesh,
   step: int | None = None,
 ) -> tuple[Any, int]:
-  """Loads what a run's checkpoint would publish: its EMA if it has one.
+  """Loads the UNet's weights that a run's checkpoint would publish.
 
   Args:
     config: the run's.
@@ -435,12 +494,12 @@ def trained_params(
   Returns:
     Parameters as global arrays, and the step they are of.
   """
-  checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.train.keep_last)
-  try:
-    state, _ = checkpoints.restore(make_plan(config, mesh).like, step)
-  finally:
-    checkpoints.close()
-  return state.published, int(state.step)
+  plan, trainable, step = restore_published(config, workdir, mesh, step)
+
+  def load_base() -> Any:
+    return pretrained.load(config.model.path, "unet", sharding=plan.shardings).params
+
+  return plan.tuning.publish(trainable, load_base), step
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:

@@ -9,6 +9,7 @@ from lpo_jax.pretrained.folders import (
   save_pipeline,
   scheduler_config,
 )
+from lpo_jax.pretrained.hub import local_folder
 from lpo_jax.pretrained.tokenizers import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
   "fingerprint",
   "load",
   "load_tokenizer",
+  "local_folder",
   "read_config",
   "save",
   "save_pipeline",

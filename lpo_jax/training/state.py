@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from lpo_jax import parallel
+from lpo_jax.errors import unknown_name
 from lpo_jax.types import Array, Params
 
 
@@ -36,6 +38,32 @@ class TrainState:
   def published(self) -> Params:
     """What the run draws with and exports: the running mean where there is one."""
     return self.params if self.ema is None else self.ema
+
+
+def _ramp(decay: float) -> optax.Schedule:
+  """min(decay, (1 + n) / (10 + n)) after n updates, and 0 at the first."""
+
+  def schedule(count: Array) -> Array:
+    n = jnp.asarray(count, jnp.float32)
+    return jnp.where(n > 0, jnp.minimum(decay, (1 + n) / (10 + n)), 0.0)
+
+  return schedule
+
+
+# "ramp" is what the decay of diffusers' EMAModel means: a mean over the last tenth or so
+# of the updates until that is longer than the decay's own window. With a constant decay
+# of 0.9999 the mean of a short run is still its first weights.
+EMA_SCHEDULES: dict[str, Callable[[float], optax.Schedule]] = {
+  "constant": optax.constant_schedule,
+  "ramp": _ramp,
+}
+
+
+def ema_schedule(name: str, decay: float) -> optax.Schedule:
+  """Returns completed updates -> decay of the running mean; refuses an unknown name."""
+  if name not in EMA_SCHEDULES:
+    raise unknown_name("train.ema_schedule", name, EMA_SCHEDULES)
+  return EMA_SCHEDULES[name](decay)
 
 
 def create(

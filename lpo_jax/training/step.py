@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lpo_jax.diffusion.noising import Noised, Noising
 from lpo_jax.diffusion.schedule import NoiseSchedule
+from lpo_jax.diffusion.weighting import Weighting, one
 from lpo_jax.errors import UserError
 from lpo_jax.objectives import Objective
 from lpo_jax.objectives.lists import standing_metrics
@@ -26,6 +27,16 @@ from lpo_jax.types import Array, Batch, Conditioning, Denoising, Metrics, Params
 
 # (params, latents, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids) -> output
 UNet = Callable[..., Array]
+
+# (trainable tree, frozen tree) -> the policy's weights
+Weights = Callable[[Params, Params | None], Params]
+
+
+def whole(trainable: Params, frozen: Params | None) -> Params:
+  """The policy's weights where all of them are trained."""
+  del frozen
+  return trainable
+
 
 # By default XLA may keep more precision than bf16 asks for, and does so differently in
 # the differentiated policy and in the plain reference: `err - ref_err` is then 1e-3 off
@@ -44,6 +55,8 @@ class Method:
     objective: turns scalars and rankings into a loss.
     seed: of the run.
     scaling_factor: of the VAE's latents.
+    weighting: how much an error counts by its timestep.
+    weights: makes the policy's weights of what is trained and what is frozen.
     microbatch: slots that go through the networks at once; all of them if 0.
     unroll: unroll the scan over microbatches (XLA's CPU convolution gradients are
       20 to 70 times slower inside a loop).
@@ -55,6 +68,8 @@ class Method:
   objective: Objective
   seed: int
   scaling_factor: float
+  weighting: Weighting = one
+  weights: Weights = whole
   microbatch: int = 0
   unroll: bool = False
 
@@ -62,6 +77,10 @@ class Method:
   def has_reference(self) -> bool:
     """Whether the objective reads anything of the reference."""
     return bool(self.objective.needs & {"ref_err", "drift"})
+
+  def reference(self, frozen: Params | None) -> Params | None:
+    """The reference's weights, or None where the objective reads nothing of it."""
+    return frozen if self.has_reference else None
 
 
 def mean_square(x: Array) -> Array:
@@ -98,6 +117,10 @@ def denoise(
   )
   with jax.named_scope("policy"):
     pred = unet(params, *inputs).astype(jnp.float32)
+  # Predictions are named, so that what computes a microbatch again keeps these small
+  # arrays: of the reference it then needs no pass at all, and of a policy that computes
+  # itself again (remat "full") no second one.
+  pred = checkpoint_name(pred, "pred")
   # fp32 before the subtraction: half precision squares would be logits of noise.
   target = noised.target.astype(jnp.float32)
   if ref_params is None:
@@ -105,7 +128,6 @@ def denoise(
     return Denoising(err=err, ref_err=jnp.zeros_like(err), drift=jnp.zeros_like(err))
   with jax.named_scope("reference"):
     ref_pred = unet(jax.lax.stop_gradient(ref_params), *inputs).astype(jnp.float32)
-  # Named, so that rematerialisation keeps this small array and not the forward pass.
   ref_pred = checkpoint_name(jax.lax.stop_gradient(ref_pred), "ref_pred")
   # One reduction for all three. Apart, XLA keeps the policy's difference for the backward
   # pass but fuses the reference's into its sum, adds the same numbers in another order,
@@ -118,8 +140,8 @@ def denoise(
 
 def slot_scalars(
   method: Method,
-  params: Params,
-  ref_params: Params | None,
+  trainable: Params,
+  frozen: Params | None,
   noised: Noised,
   conditioning: Conditioning,
 ) -> Denoising:
@@ -128,7 +150,13 @@ def slot_scalars(
   Lists may straddle microbatches: the objective sees all scalars of the update at once,
   so accumulation equals the large batch by construction.
   """
-  run = functools.partial(denoise, method.unet, params, ref_params)
+
+  # Inside the loop: what it adds up over microbatches is then the gradient of what is
+  # trained, and not of all the weights that are made of it.
+  def run(noised: Noised, conditioning: Conditioning) -> Denoising:
+    params = method.weights(trainable, frozen)
+    return denoise(method.unet, params, method.reference(frozen), noised, conditioning)
+
   slots = noised.timesteps.shape[0]
   size = method.microbatch or slots
   if size == slots:
@@ -143,7 +171,7 @@ def slot_scalars(
   def join(x: Array) -> Array:
     return x.swapaxes(0, 1).reshape(slots, *x.shape[2:])
 
-  keep = jax.checkpoint_policies.save_only_these_names("ref_pred")
+  keep = jax.checkpoint_policies.save_only_these_names("pred", "ref_pred")
   body = jax.checkpoint(lambda _, xs: (None, run(*xs)), policy=keep)
   micro = jax.tree.map(split, (noised, conditioning))
   _, scalars = jax.lax.scan(body, None, micro, unroll=count if method.unroll else 1)
@@ -156,47 +184,50 @@ def to_lists(scalars: Denoising, slot: Array) -> Denoising:
 
 
 def loss_and_metrics(
-  method: Method, params: Params, ref_params: Params | None, batch: Batch
+  method: Method, trainable: Params, frozen: Params | None, batch: Batch
 ) -> tuple[Array, Metrics]:
   """The loss of one update and its standing metrics, scalars in fp32."""
   with jax.named_scope("noising"):
     noised = method.noising(
       batch, method.schedule, method.seed, scaling_factor=method.scaling_factor
     )
-  scalars = slot_scalars(method, params, ref_params, noised, batch.conditioning)
+  scalars = slot_scalars(method, trainable, frozen, noised, batch.conditioning)
   with jax.named_scope("objective"):
-    denoising = to_lists(scalars, batch.slot)
-    loss, metrics = method.objective(denoising, batch.ranking)
-    if ref_params is not None:
+    weights = method.weighting(noised.timesteps)
+    weighted = jax.tree.map(lambda x: x * weights, scalars)
+    loss, metrics = method.objective(to_lists(weighted, batch.slot), batch.ranking)
+    if method.has_reference:
+      # Unweighted, so that runs can be compared.
+      denoising = to_lists(scalars, batch.slot)
       metrics = {**standing_metrics(denoising, batch.ranking), **metrics}
   return loss, {"loss": loss, **metrics}
 
 
 def train_step(
   state: TrainState,
-  ref_params: Params | None,
+  frozen: Params | None,
   batch: Batch,
   *,
   method: Method,
   optimizer: optax.GradientTransformation,
-  ema_decay: float = 0.0,
+  ema_decay: optax.ScalarOrSchedule = 0.0,
 ) -> tuple[TrainState, Metrics]:
   """One update.
 
   Args:
     state: before the update.
-    ref_params: the frozen reference; never donated.
+    frozen: the reference, which is also the base of a delta; never donated.
     batch: global arrays.
     method: noising, objective, networks.
     optimizer: from `optimizer.build`.
-    ema_decay: of `state.ema`, where there is one.
+    ema_decay: of `state.ema`, where there is one; may follow the completed updates.
 
   Returns:
     The state after the update, and scalars: the loss, the standing metrics, the global
     norms of gradient (before clipping) and update.
   """
   grad_fn = jax.value_and_grad(
-    lambda params: loss_and_metrics(method, params, ref_params, batch), has_aux=True
+    lambda params: loss_and_metrics(method, params, frozen, batch), has_aux=True
   )
   (_, metrics), grads = grad_fn(state.params)
   with jax.named_scope("optimizer"):
@@ -204,7 +235,8 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-      ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+      decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
+      ema = optax.incremental_update(params, ema, 1.0 - decay)
   metrics["grad_norm"] = optax.tree.norm(grads)
   metrics["update_norm"] = optax.tree.norm(updates)
   return TrainState(state.step + 1, params, opt_state, ema), metrics
@@ -231,14 +263,14 @@ def check_batch_arithmetic(mesh: Mesh, images_per_update: int, microbatch: int) 
     )
 
 
-def compile_train_step(
+def trace_train_step(
   mesh: Mesh,
   state: TrainState,
-  ref_params: Params | None,
+  frozen: Params | None,
   batch: Batch,
   **step_args: Any,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-  """Compiles `train_step` ahead of time for the shardings of its (real) arguments.
+) -> jax.stages.Traced:
+  """Traces `train_step` for the shapes and shardings of its arguments.
 
   The state is donated. Arguments may be arrays or ShapeDtypeStructs with shardings.
   """
@@ -251,4 +283,11 @@ def compile_train_step(
     compiler_options=COMPILER_OPTIONS,
   )
   with jax.set_mesh(mesh):
-    return step.lower(state, ref_params, batch).compile()
+    return step.trace(state, frozen, batch)
+
+
+def compile_train_step(
+  mesh: Mesh, *arguments: Any, **step_args: Any
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Compiles `train_step` ahead of time; the arguments are `trace_train_step`'s."""
+  return trace_train_step(mesh, *arguments, **step_args).lower().compile()

@@ -14,7 +14,8 @@ import pytest
 
 from lpo_jax import models, objectives, parallel
 from lpo_jax.diffusion import noising, schedule
-from lpo_jax.training import optimizer, state, step
+from lpo_jax.models import lora
+from lpo_jax.training import optimizer, state, step, tuning
 from lpo_jax.types import Batch, Conditioning, Ranking
 
 UNET = {
@@ -53,7 +54,9 @@ def make_batch(slots, size, list_size):
   )
 
 
-def first_step(apply, params, batch, *, microbatch=0, narrow=lambda params: params):
+def first_step(
+  apply, params, batch, *, microbatch=0, narrow=lambda params: params, **method_fields
+):
   """The metrics of the first update of LPO, reference = policy."""
   mesh = parallel.make_mesh(devices=jax.devices()[:1])
   shardings = parallel.param_shardings(params, mesh)
@@ -67,6 +70,7 @@ def first_step(apply, params, batch, *, microbatch=0, narrow=lambda params: para
     seed=0,
     scaling_factor=0.18215,
     microbatch=microbatch,
+    **method_fields,
   )
   arguments = (
     state.place(mesh, placed, tx, with_ema=False, shardings=shardings),
@@ -100,6 +104,69 @@ def test_a_unet(dtype, microbatch):
     make_batch(16, 8, 4),
     microbatch=microbatch,
     narrow=model.narrow,
+  )
+  assert_nothing_has_moved(metrics, 4)
+
+
+# The least that has a stack in it.
+SMALL_STACK = {
+  **UNET,
+  "block_out_channels": [32],
+  "down_block_types": ["CrossAttnDownBlock2D"],
+  "mid_block_type": None,
+  "up_block_types": ["UpBlock2D"],
+  "transformer_layers_per_block": 3,
+}
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+  ("dtype", "remat", "microbatch", "scan"),
+  [
+    ("bfloat16", "dots", 0, "stacks"),
+    ("bfloat16", "blocks", 8, "stacks"),
+    *(
+      pytest.param(dtype, remat, microbatch, scan, marks=slow)
+      for dtype in ("bfloat16", "float32")
+      for remat in ("none", "dots", "blocks", "full")
+      for microbatch in (0, 8)
+      for scan in ("stacks", "none")
+    ),
+  ],
+)
+def test_what_is_looped_over_and_computed_again(dtype, remat, microbatch, scan):
+  model = models.build(SMALL_STACK, dtype=jnp.dtype(dtype), remat=remat, scan=scan)
+  metrics = first_step(
+    model.apply,
+    model.init(0),
+    make_batch(16, 8, 4),
+    microbatch=microbatch,
+    narrow=model.narrow,
+  )
+  assert_nothing_has_moved(metrics, 4)
+
+
+@pytest.mark.parametrize(
+  ("targets", "microbatch"),
+  [
+    (lora.ATTENTION, 8),
+    pytest.param(lora.KERNELS, 0, marks=slow),
+    pytest.param(lora.KERNELS, 8, marks=slow),
+  ],
+)
+def test_factors_of_which_one_is_zero(targets, microbatch):
+  """Kernels with factors stay fp32 in the frozen base, which is the reference."""
+  model = models.build(SMALL_STACK, dtype=jnp.bfloat16)
+  layout = lora.lay_out(lora.Spec(4, targets, 3.0), model.abstract_params)
+  base = model.init(0)
+  factors = tuning.beside(model, layout, lambda: lora.init(0, base, layout))
+  metrics = first_step(
+    model.apply,
+    lora.init(0, base, layout),
+    make_batch(16, 8, 4),
+    microbatch=microbatch,
+    narrow=lambda _: factors.freeze(base, True),
+    weights=factors.weights,
   )
   assert_nothing_has_moved(metrics, 4)
 

@@ -6,12 +6,14 @@ import itertools
 import json
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lpo_jax import trees
 from lpo_jax.errors import UserError
+from lpo_jax.objectives import OBJECTIVES
 from lpo_jax.training import optimizer, step
 
 
@@ -93,10 +95,63 @@ def test_accumulation_is_the_large_batch(value_and_grad, whole, objective, micro
     np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
 
 
+def test_a_weighting_is_a_beta_of_the_timestep(world, value_and_grad, whole):
+  """Linear in the errors: the weights can be moved into sft's list weights."""
+  rng = np.random.default_rng(0)
+  table = jnp.asarray(rng.uniform(0.5, 2.0, 1000), jnp.float32)
+  batch = world.make_batch()
+  method = world.make_method()
+  noised = method.noising(batch, method.schedule, 3, scaling_factor=0.5)
+  timesteps = np.asarray(noised.timesteps)[batch.slot[:, 0]]  # one a list
+  loss, _, gradient = value_and_grad("sft", weighting=lambda t: table[t])
+
+  # sft is a mean over lists by their weights: undo what they are divided by.
+  weights = np.asarray(batch.ranking.weight) * np.asarray(table)[timesteps]
+  ratio = weights.sum() / np.asarray(batch.ranking.weight).sum()
+  ranking = dataclasses.replace(batch.ranking, weight=weights.astype(np.float32))
+  expected = value_and_grad("sft", dataclasses.replace(batch, ranking=ranking))
+  np.testing.assert_allclose(loss, expected[0] * ratio, rtol=1e-6)
+  scaled = jax.tree.map(lambda x: x * ratio, expected[2])
+  assert_trees_close(gradient, scaled, 2e-6)
+
+  # An objective with a beta: weights of 2 are a beta of twice the size; what the run
+  # reports of margins stays as it was.
+  loss, metrics, _ = value_and_grad("dpo", weighting=lambda t: jnp.full(t.shape, 2.0))
+  twice = world.objectives.get("dpo", beta=2 * world.HYPER["dpo"]["beta"])
+  method = dataclasses.replace(world.make_method("dpo"), objective=twice)
+  expected, _ = jax.jit(functools.partial(step.loss_and_metrics, method))(
+    world.make_params(0), world.make_params(1), batch
+  )
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  np.testing.assert_allclose(metrics["margin"], whole("dpo")[1]["margin"], rtol=1e-6)
+
+
 def test_unrolling_changes_nothing(value_and_grad, whole):
   loss, _, gradient = value_and_grad("lpo", microbatch=4, unroll=True)
   np.testing.assert_allclose(loss, whole("lpo")[0], rtol=1e-6)
   assert_trees_close(gradient, whole("lpo")[2], 2e-6)
+
+
+def count_products(jaxpr):
+  """Matrix products in a program, and in the programs inside of it."""
+  total = sum(e.primitive is jax.lax.dot_general_p for e in jaxpr.eqns)
+  inside = (jax.extend.core.jaxprs_in_params(e.params) for e in jaxpr.eqns)
+  return total + sum(count_products(inner) for each in inside for inner in each)
+
+
+def test_no_prediction_is_computed_for_a_third_time(world):
+  """A network that computes itself again (remat) costs no more in microbatches."""
+
+  def products(unet, microbatch):
+    method = world.make_method("lpo", unet=unet, microbatch=microbatch)
+    arguments = world.make_params(0), world.make_params(1), world.make_batch()
+    gradient = jax.grad(lambda *x: step.loss_and_metrics(method, *x)[0])
+    return count_products(jax.make_jaxpr(gradient)(*arguments).jaxpr)
+
+  again = jax.checkpoint(world.unet)
+  assert products(again, 4) == products(again, 0)
+  # One that does not is computed twice, once for every microbatch.
+  assert products(world.unet, 4) >= products(world.unet, 0)
 
 
 def permuted(batch, order):
@@ -435,6 +490,57 @@ EIGHT = """
     }
   print(json.dumps(out))
 """
+
+
+EVERY = """
+  import json, runpy
+  import jax
+  from lpo_jax import parallel, trees
+  parallel.SMALLEST_SHARDED = 1
+  world = runpy.run_path("tests/training/conftest.py")
+  ranks = [[0, 1, 2, 3, 4], [2, 0, 1, 1, 0], [0, 1, 1, 0, 0], [3, 1, 0, 2, 0]]
+  batch = world["make_batch"](0, lists=[5, 4, 3, 4], ranks=ranks)
+  out = []
+  for mesh, microbatch in (
+    (parallel.make_mesh(devices=jax.devices()[:1]), 0),
+    (parallel.make_mesh(2, 4), 0),
+    (parallel.make_mesh(4, 2), 8),
+  ):
+    params = [world["make_params"](seed) for seed in (0, 1)]
+    params = [parallel.put(p, parallel.param_shardings(p, mesh)) for p in params]
+    losses, gradients = world["every_objective"](microbatch)(
+      *params, parallel.global_batch(mesh, batch))
+    named = trees.named_leaves(gradients)
+    out.append([losses.tolist(), {n: x.tolist() for n, x in named.items()}])
+  print(json.dumps(out))
+"""
+
+
+def assert_all_objectives_equal(a, b):
+  """Losses and gradients, each relative to the objective's own largest value."""
+  np.testing.assert_allclose(a[0], b[0], rtol=1e-5)
+  for name, x in b[1].items():
+    x, y = np.asarray(x), np.asarray(a[1][name])
+    axes = tuple(range(1, x.ndim))
+    error = np.abs(y - x).max(axes) / np.abs(x).max(axes)
+    assert error.max() <= 1e-5, dict(zip(OBJECTIVES, error))
+
+
+def test_every_objective_is_the_same_on_eight_devices(on_devices):
+  one, *others = json.loads(on_devices(8, EVERY))
+  assert len(one[0]) == len(OBJECTIVES)
+  for other in others:
+    assert_all_objectives_equal(other, one)
+
+
+def test_every_objective_is_the_same_under_accumulation(world):
+  arguments = world.make_params(0), world.make_params(1), world.make_batch()
+  one, *others = [
+    [losses, trees.named_leaves(gradients)]
+    for losses, gradients in (world.every_objective(m)(*arguments) for m in (0, 1, 4))
+  ]
+  for other in others:
+    assert_all_objectives_equal(other, one)
 
 
 def test_eight_devices_are_one(on_devices):
