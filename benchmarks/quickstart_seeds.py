@@ -2,6 +2,8 @@
 
   python benchmarks/quickstart_seeds.py --workdir runs/quickstart_seeds --seeds 0 1 2
 
+`--config dro_quickstart` does the same for docs/online.md.
+
 A seed changes the candidates, the people's noise, and the order and noise of training;
 the evaluation's prompts and seeds stay. Runs that are done are not run again.
 """
@@ -15,13 +17,15 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def run_seed(workdir: pathlib.Path, seed: int) -> tuple[list[dict], dict[str, float]]:
+def run_seed(
+  config: str, workdir: pathlib.Path, seed: int
+) -> tuple[list[dict], dict[str, float]]:
   """Runs one quickstart; returns the rows of its summary and its stages' seconds."""
   command = [
     sys.executable,
     "-m",
     "lpo_jax.main",
-    f"--config={ROOT / 'configs' / 'quickstart.py'}",
+    f"--config={ROOT / 'configs' / f'{config}.py'}",
     f"--workdir={workdir}",
     f"--config.seed={seed}",
   ]
@@ -34,10 +38,12 @@ def main() -> None:
   """Runs all seeds, then prints one Markdown table."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--config", default="quickstart")
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
   flags = parser.parse_args()
   results = {
-    seed: run_seed(flags.workdir / f"seed{seed}", seed) for seed in flags.seeds
+    seed: run_seed(flags.config, flags.workdir / f"seed{seed}", seed)
+    for seed in flags.seeds
   }
   lines = ["| seed | comparison | scorer | win rate | 95 % interval | means |"]
   lines.append("|--:|---|---|--:|---|---|")

@@ -26,13 +26,25 @@ from lpo_jax.errors import StoppedEarly, UserError, nearest, unknown_name
 
 EXIT_DONE, EXIT_USER_ERROR, EXIT_STOPPED_EARLY = 0, 2, 3
 
-JOBS = ("inspect", "cache", "train", "evaluate", "export", "quickstart")
+JOBS = (
+  "inspect",
+  "select",
+  "cache",
+  "train",
+  "evaluate",
+  "export",
+  "generate",
+  "quickstart",
+)
 
 # Sections whose keys are a function's options: the function refuses the unknown ones.
 OPEN_SECTIONS = (
   "objective",
   "noising",
+  "online",
+  "weighting",
   "quickstart",
+  "data.mixture",
   "train.optimizer_args",
   "eval.candidates",
   "inspect.limits",
@@ -139,7 +151,7 @@ def _typed(name: str, text: str, old: Any) -> Any:
   except (ValueError, SyntaxError):
     value = {"true": True, "false": False}.get(text.lower(), text)
   if isinstance(old, str):
-    return value if isinstance(value, tuple | list) else text
+    return value if value is None or isinstance(value, tuple | list) else text
   if isinstance(old, bool) and value in (0, 1):
     return bool(value)
   if isinstance(old, float) and isinstance(value, int) and value is not True:

@@ -69,6 +69,23 @@ class Conditioning:
 
 
 @_record
+class Trajectory:
+  """Steps of the policy's own samples, in the slots that hold such a step.
+
+  Attributes:
+    noisy_latents: [S, h, w, c] fp32 x_t where the step begins.
+    timesteps: [S] int32 of the list, in all its slots.
+    target: [S, h, w, c] fp32 what the UNet answered there when it drew.
+    stored: [S] bool, which slots hold a step; the others hold any finite values.
+  """
+
+  noisy_latents: Array
+  timesteps: Array
+  target: Array
+  stored: Array
+
+
+@_record
 class Batch:
   """One update: S slots, each holding an image, and up to B lists that index them.
 
@@ -79,6 +96,7 @@ class Batch:
     item: [S] uint32, which item of its list the slot holds.
     slot: [B, N] int32, where each item of each list sits (0 where invalid).
     ranking: [B, N] ranks, validity, scores and [B] weights.
+    trajectory: per slot, where the policy's own samples are among the items.
   """
 
   moments: Array
@@ -87,3 +105,4 @@ class Batch:
   item: Array
   slot: Array
   ranking: Ranking
+  trajectory: Trajectory | None = None

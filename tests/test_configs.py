@@ -24,10 +24,16 @@ LOCATIONS = [
   f"{path.stem}:{size}" if size else path.stem
   for path in FILES
   for size in ("", "smoke")
-  if not size or path.stem.startswith("quickstart")
+  if not size or "quickstart" in path.stem
 ]
 # How a section is called where it is read, besides its own name.
-CALLED = {"eval": "ev", "train": "t", "quickstart": "world"}
+CALLED = {
+  "eval": "ev",
+  "train": "t",
+  "quickstart": "world",
+  "select": "wanted",
+  "generate": "wanted",
+}
 
 
 def load(location):

@@ -29,6 +29,7 @@ SAME_LAYER = {("generation", "pretrained")}
 # Never imported by the mathematics, not even inside of a function.
 HEAVY = {
   "PIL",
+  "apache_beam",
   "diffusers",
   "grain",
   "orbax",

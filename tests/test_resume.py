@@ -87,6 +87,15 @@ def test_more_steps_than_first_asked_for(tiny_cache, straight, tmp_path):
   assert_same_run(tiny_cache, tmp_path, straight)
 
 
+def test_with_and_without_a_cache(tiny_cache, straight, tmp_path):
+  """Half the run from the cache, the other half straight from the images."""
+  assert tiny_cache.run(tmp_path, "train.total_steps=2").code == 0
+  outcome = tiny_cache.run(tmp_path, f"train.total_steps={TOTAL}", "data.cache=None")
+  assert outcome.code == 0, outcome.text
+  assert "data.cache=None: 42 images are kept in memory" in outcome.text
+  assert_same_run(tiny_cache, tmp_path, straight)
+
+
 def start(world, workdir, *overrides):
   """Starts training in a process of its own; returns when it has checkpoint 2."""
   overrides = ("train.checkpoint_every=2", *overrides)

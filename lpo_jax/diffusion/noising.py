@@ -19,7 +19,16 @@ from lpo_jax.errors import UserError
 from lpo_jax.types import Array, Batch
 
 # What a draw is for. Numbers are part of every run's identity: append, never renumber.
-PURPOSES = {"timestep": 0, "noise": 1, "posterior": 2, "sample": 3, "sampler": 4}
+PURPOSES = {
+  "timestep": 0,
+  "noise": 1,
+  "posterior": 2,
+  "sample": 3,
+  "sampler": 4,
+  "rollout": 5,
+  "shift": 6,
+  "replay": 7,
+}
 
 
 @jax.tree_util.register_dataclass
@@ -120,6 +129,28 @@ def forward(
       f"noising.min_timestep={min_timestep}, noising.max_timestep={max_timestep}: "
       f"expected 0 <= min_timestep < max_timestep <= {total}, the schedule's length."
     )
+  keys = identity_keys(seed, "timestep", batch.identity)
+  draw = jax.vmap(lambda key: jax.random.randint(key, (), min_timestep, top))
+  return _noise_at(
+    draw(keys),
+    batch,
+    schedule,
+    seed,
+    scaling_factor=scaling_factor,
+    independent_noise=independent_noise,
+  )
+
+
+def _noise_at(
+  timesteps: Array,
+  batch: Batch,
+  schedule: NoiseSchedule,
+  seed: int | Array,
+  *,
+  scaling_factor: float,
+  independent_noise: bool,
+) -> Noised:
+  """The forward process at the given timesteps [S]."""
   shape = (*batch.moments.shape[1:-1], batch.moments.shape[-1] // 2)
   normal = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
   keys = functools.partial(identity_keys, seed)
@@ -130,9 +161,6 @@ def forward(
   )
   item = batch.item if independent_noise else None
   noise = normal(keys("noise", batch.identity, item))
-  timesteps = jax.vmap(lambda key: jax.random.randint(key, (), min_timestep, top))(
-    keys("timestep", batch.identity)
-  )
   return Noised(
     noisy_latents=schedule.add_noise(latents, noise, timesteps),
     timesteps=timesteps,
@@ -140,7 +168,56 @@ def forward(
   )
 
 
-NOISINGS: dict[str, Noising] = {"forward": forward}
+def trajectory(
+  batch: Batch,
+  schedule: NoiseSchedule,
+  seed: int | Array,
+  *,
+  scaling_factor: float,
+) -> Noised:
+  """Stored steps for the policy's samples, the forward process for what they meet.
+
+  A stored step is (x_t, t, what the UNet answered), as it was when the policy drew; the
+  other images of its list are noised to the same t, with noise of their own.
+
+  Args:
+    batch: with a `trajectory`.
+    schedule: tables of the forward process.
+    seed: the run's seed.
+    scaling_factor: of the VAE's latents.
+
+  Returns:
+    The noised slots.
+
+  Raises:
+    UserError: the batch has no trajectory.
+
+  Reference: Diffusion-DRO (arXiv:2510.18353) and its released code.
+  """
+  steps = batch.trajectory
+  if steps is None:
+    raise UserError(
+      "noising.name='trajectory' needs the policy's own samples, which come with the "
+      "section `online` of the config (as in configs/dro_sd15.py). Set it, or "
+      "noising.name='forward'."
+    )
+  drawn = _noise_at(
+    steps.timesteps,
+    batch,
+    schedule,
+    seed,
+    scaling_factor=scaling_factor,
+    independent_noise=False,
+  )
+  stored = steps.stored[:, None, None, None]
+  return Noised(
+    noisy_latents=jnp.where(stored, steps.noisy_latents, drawn.noisy_latents),
+    timesteps=steps.timesteps,
+    target=jnp.where(stored, steps.target, drawn.target),
+  )
+
+
+NOISINGS: dict[str, Noising] = {"forward": forward, "trajectory": trajectory}
 
 
 def get(name: str, **options) -> Noising:

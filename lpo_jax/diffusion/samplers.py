@@ -12,8 +12,10 @@ by x = y / sqrt(sigma^2 + 1), which is what they show the network anyway.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,23 @@ from lpo_jax.types import Array
 Denoiser = Callable[[Array, Array], Array]
 # timesteps [steps] and sigmas [steps] (or [steps + 1], with the 0 at the end)
 Grid = tuple[np.ndarray, np.ndarray]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Path:
+  """All that a sampler showed the network, and what it answered; images first.
+
+  Attributes:
+    timesteps: [N, steps] int32 or fp32, as the network was told.
+    noisy_latents: [N, steps, h, w, c] fp32 x_t before each step.
+    outputs: [N, steps, h, w, c] fp32 the denoiser's output there.
+  """
+
+  timesteps: Array
+  noisy_latents: Array
+  outputs: Array
+
 
 # Stands for abar = 0 where a sampler needs sigma finite; diffusers' choice.
 LEAST_ABAR = 2.0**-24
@@ -79,6 +98,10 @@ def guided_edit(denoiser: Denoiser, text_scale: float, image_scale: float) -> De
   return denoise
 
 
+def _nothing(*_: Array) -> None:
+  """Keeps nothing of a step."""
+
+
 def _integrate(
   denoiser: Denoiser,
   latents: Array,
@@ -88,18 +111,40 @@ def _integrate(
   table: Mapping[str, np.ndarray],
   keys: Array | None = None,
 ) -> Array:
+  """Runs a table (module docstring) to its end; the arguments are `_scan`'s."""
+  return _scan(denoiser, latents, schedule, timesteps, abar, table, keys)[0]
+
+
+def _scan(
+  denoiser: Denoiser,
+  latents: Array,
+  schedule: NoiseSchedule,
+  timesteps: np.ndarray,
+  abar: np.ndarray,
+  table: Mapping[str, np.ndarray],
+  keys: Array | None = None,
+  *,
+  grids: Array | None = None,
+  record: Callable[[Array, Array, Array], Any] = _nothing,
+) -> tuple[Array, Any]:
   """Runs a table (module docstring); absent columns are zero.
 
   Args:
     denoiser, latents, schedule, keys: as for `ddim`.
-    timesteps: [steps] int32 or fp32, as the network is told.
-    abar: [steps] fp64 a_t^2.
-    table: "keep", "clean" and perhaps "before", "fresh": [steps] fp64.
+    timesteps: [steps] int32 or fp32, as the network is told; [G, steps] of G grids.
+    abar: [steps] or [G, steps] fp64 a_t^2.
+    table: "keep", "clean" and perhaps "before", "fresh": [steps] or [G, steps] fp64.
+    grids: [N] int32 which of G grids each image is on; None where there is one.
+    record: (timesteps [N], x_t, network's output) -> what to keep of a step.
+
+  Returns:
+    The last x, and what was recorded, steps first.
   """
-  at_start = schedule.alphas_cumprod[int(np.ceil(timesteps[0]))]
+  first = np.max(timesteps)
+  at_start = schedule.alphas_cumprod[int(np.ceil(first))]
   if schedule.prediction_type == "epsilon" and at_start == 0:
     raise UserError(
-      f"sampling starts at timestep {timesteps[0]:g}, which is pure noise "
+      f"sampling starts at timestep {first:g}, which is pure noise "
       "(rescale_betas_zero_snr), but prediction_type is 'epsilon'. Expected "
       "'v_prediction', or timestep_spacing='leading', which leaves that step out."
     )
@@ -108,11 +153,16 @@ def _integrate(
   table = {**table, "signal": np.sqrt(abar), "sigma": np.sqrt(1 - abar)}
   rows = {name: jnp.asarray(column, jnp.float32) for name, column in table.items()}
   rows["t"] = jnp.asarray(timesteps)
-  rows["index"] = jnp.arange(len(timesteps), dtype=jnp.int32)
+  if grids is not None:  # [G, steps] -> [steps, N], and to multiply images by
+    rows = {name: column[grids].T for name, column in rows.items()}
+    rows = {n: x if n == "t" else x[..., None, None, None] for n, x in rows.items()}
+  rows["index"] = jnp.arange(timesteps.shape[-1], dtype=jnp.int32)
 
   def step(carry: tuple[Array, Array], row: dict[str, Array]) -> tuple:
     x, before = carry
-    output = denoiser(x, jnp.full((x.shape[0],), row["t"]))
+    told = jnp.broadcast_to(row["t"], (x.shape[0],))
+    output = denoiser(x, told)
+    kept = record(told, x, output)
     if schedule.prediction_type == "epsilon":
       clean = (x - row["sigma"] * output) / row["signal"]
     else:
@@ -124,10 +174,11 @@ def _integrate(
       folded = jax.vmap(jax.random.fold_in, (0, None))(keys, row["index"])
       draw = functools.partial(jax.random.normal, shape=x.shape[1:], dtype=jnp.float32)
       x = x + row["fresh"] * jax.vmap(draw)(folded)
-    return (x, clean), None
+    return (x, clean), kept
 
   x = latents.astype(jnp.float32)
-  return jax.lax.scan(step, (x, jnp.zeros_like(x)), rows)[0][0]
+  (x, _), kept = jax.lax.scan(step, (x, jnp.zeros_like(x)), rows)
+  return x, kept
 
 
 def ddim(
@@ -302,11 +353,66 @@ def dpmpp_2m(
   Reference: Lu et al. 2022 (DPM-Solver++), algorithm 2.
   """
   timesteps, sigma = _dpmpp_grid(schedule, steps, sigmas)
+  abar, table = _dpmpp_2m_table(sigma)
+  return _integrate(denoiser, latents, schedule, timesteps, abar, table)
+
+
+def _dpmpp_2m_table(sigma: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """Returns abar [steps] and DPM-Solver++(2M)'s columns for levels [steps + 1]."""
   a = 1 / np.sqrt(sigma**2 + 1)
   ratio = sigma[1:] / sigma[:-1]  # e^-h
   clean, before = _second_order(a[1:] * (1 - ratio), ratio)
   table = {"keep": a[1:] / a[:-1] * ratio, "clean": clean, "before": before}
-  return _integrate(denoiser, latents, schedule, timesteps, a[:-1] ** 2, table)
+  return a[:-1] ** 2, table
+
+
+def dpmpp_2m_path(
+  denoiser: Denoiser,
+  latents: Array,
+  schedule: NoiseSchedule,
+  *,
+  steps: int,
+  shifts: Array,
+) -> tuple[Array, Path]:
+  """`dpmpp_2m` along a grid of each image's own, and all that it showed the network.
+
+  The grid of shift j is T/steps (steps - 1) + j, ..., T/steps + j, j. With i uniform on
+  the steps and j uniform on 0 to T/steps - 1, timestep i of grid j is uniform on all T.
+
+  Args:
+    denoiser, latents, schedule: as for `dpmpp_2m`; the schedule's own spacing is not
+      looked at.
+    steps: number of network evaluations; divides T, so that every timestep is met.
+    shifts: [N] int32 in 0 to T/steps - 1.
+
+  Returns:
+    [N, h, w, c] fp32 scaled latents x_0, and the path there.
+
+  Raises:
+    UserError: steps that do not divide T, or eps is predicted where x_t holds no signal.
+
+  Reference: Lu et al. 2022 (DPM-Solver++), algorithm 2; the shifts are Diffusion-DRO's
+  (arXiv:2510.18353, released code).
+  """
+  total = schedule.num_train_timesteps
+  if not 1 <= steps <= total or total % steps:
+    near = [n for n in range(1, total + 1) if total % n == 0]
+    raise UserError(
+      f"{steps} steps along shifted grids: expected a divisor of the schedule's {total} "
+      f"timesteps, such as {min(near, key=lambda n: abs(n - steps))}."
+    )
+  stride = total // steps
+  grid = np.arange(steps)[::-1] * stride + np.arange(stride)[:, None]  # [stride, steps]
+  levels = _levels(schedule)[grid]
+  columns = [_dpmpp_2m_table(np.append(row, 0.0)) for row in levels]
+  abar = np.stack([row for row, _ in columns])
+  table = {n: np.stack([t[n] for _, t in columns]) for n in columns[0][1]}
+  clean, (told, noisy, outputs) = _scan(
+    denoiser, latents, schedule, grid.astype(np.int32), abar, table,
+    grids=shifts, record=lambda t, x, output: (t, x, output.astype(jnp.float32)),
+  )  # fmt: skip
+  images_first = functools.partial(jnp.swapaxes, axis1=0, axis2=1)
+  return clean, jax.tree.map(images_first, Path(told, noisy, outputs))
 
 
 def dpmpp_2m_sde(

@@ -28,6 +28,7 @@ from lpo_jax.jobs import (
   quickstart_people,
   quickstart_report,
   sampling,
+  select,
   train,
 )
 from lpo_jax.scoring import digits
@@ -66,6 +67,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   with stages.stage("inspect"):
     data_report = inspect.run(config, workdir)
   runs = {method: method_config(config, workdir, method) for method in world.methods}
+  for method, own in runs.items():
+    if own.online:
+      with stages.stage(f"experts of {method}"):
+        choose_experts(own, workdir / f"experts_{method}")
   with stages.stage("cache"):
     for own in runs.values():
       cache.run(own, str(workdir))
@@ -144,6 +149,14 @@ def method_config(
   own.quickstart = ml_collections.ConfigDict()
   own.eval.candidates = ml_collections.ConfigDict()
   return own
+
+
+def choose_experts(own: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+  """Makes the best of the judged images the data of an online method."""
+  own.select.path = str(folder / "experts.parquet")
+  select.run(own, folder)
+  own.data.path, own.data.source = own.select.path, "lists"
+  own.data.strategy, own.data.cache = "winners", str(folder / "cache")
 
 
 def make_judgements(

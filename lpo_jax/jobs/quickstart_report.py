@@ -56,7 +56,7 @@ def write(
     data=data_figures(data_report),
     list_lengths=list_lengths(data_report),
     timings={**timings, "total": sum(timings.values())},
-    notes=notes(config, rows, methods, exported),
+    notes=notes(config, rows, methods, exported) + rollout_notes(runs),
     config=json.loads(config.to_json_best_effort()),
     versions=versions(),
     files={
@@ -211,6 +211,19 @@ def notes(
       "win by merely moving faster."
     )
   return said
+
+
+def rollout_notes(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+  """What generating cost, of the methods that generate while they train."""
+  seconds = {
+    name: sum(row.get("rollout_seconds", 0.0) for row in rows)
+    for name, rows in runs.items()
+  }
+  return [
+    f"Of {name.upper()}'s training {spent:.0f} seconds went into its rollouts."
+    for name, spent in seconds.items()
+    if spent
+  ]
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Keeping a run: state and data position together, atomically, through Orbax.
+"""Keeping a run: all that it goes on from, together, atomically, through Orbax.
 
 The only file that knows Orbax' API (v1).
 """
@@ -53,19 +53,27 @@ class Checkpoints:
     """The steps of all complete checkpoints, ascending."""
     return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
 
-  def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-    """Starts an atomic save of `state` and the JSON-able `meta`; returns early.
+  def save(
+    self, state: TrainState, meta: dict[str, Any], *, online: Any = None
+  ) -> None:
+    """Starts an atomic save; returns early.
 
     The arrays are copied to the host before this returns, so the caller may donate
     them. A checkpoint of the same step is left as it is.
+
+    Args:
+      state: the train state.
+      meta: anything JSON-able, such as the place in the data.
+      online: a tree of arrays that only some methods have: snapshot and replay buffer.
     """
     step = int(state.step)
     if step == self.latest:
       return
     # As text: Orbax refuses an empty dict and integers of more than 64 bits.
-    self._orbax.save_checkpointables_async(
-      step, {"state": trees.named_leaves(state), "meta": {"json": json.dumps(meta)}}
-    )
+    items = {"state": trees.named_leaves(state), "meta": {"json": json.dumps(meta)}}
+    if online:
+      items["online"] = trees.named_leaves(online)
+    self._orbax.save_checkpointables_async(step, items)
 
   def restore(
     self, like: TrainState, step: int | None = None
@@ -82,18 +90,34 @@ class Checkpoints:
     step = self.latest if step is None else step
     if step is None:
       raise UserError(f"no checkpoint in {self.folder}: train first (--job train).")
-    wanted = {
-      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-      for name, x in trees.named_leaves(like).items()
-    }
-    self._check(step, wanted)
+    wanted = _wanted(like)
+    self._check(step, "state", wanted)
     loaded = self._orbax.load_checkpointables(step, {"state": wanted, "meta": None})
     meta = json.loads(loaded["meta"]["json"])
     return trees.unflatten_named(loaded["state"], like), meta
 
-  def _check(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
+  def restore_online(self, like: Any, step: int) -> Any:
+    """Loads what `save` got as `online`; nothing for nothing.
+
+    Args:
+      like: as for `restore`; empty for a method that has none.
+      step: which.
+
+    Raises:
+      UserError: the arrays are not those of `like`.
+    """
+    if not like:
+      return like
+    wanted = _wanted(like)
+    self._check(step, "online", wanted)
+    loaded = self._orbax.load_checkpointables(step, {"online": wanted})
+    return trees.unflatten_named(loaded["online"], like)
+
+  def _check(
+    self, step: int, item: str, wanted: dict[str, jax.ShapeDtypeStruct]
+  ) -> None:
     """Compares names and shapes first: Orbax' own complaint is pages of noise."""
-    metadata = self._orbax.checkpointables_metadata(step).metadata["state"]
+    metadata = self._orbax.checkpointables_metadata(step).metadata.get(item, {})
     found = {name: tuple(x.shape) for name, x in metadata.items()}
     expected = {name: tuple(x.shape) for name, x in wanted.items()}
     differing = sorted(
@@ -118,3 +142,11 @@ class Checkpoints:
     """Waits, then lets go of the folder."""
     self._orbax.wait()
     self._orbax.close()
+
+
+def _wanted(like: Any) -> dict[str, jax.ShapeDtypeStruct]:
+  """What to load, by name, and where to."""
+  return {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    for name, x in trees.named_leaves(like).items()
+  }

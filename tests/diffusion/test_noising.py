@@ -178,6 +178,9 @@ def test_streams_are_part_of_every_runs_identity():
     "posterior": 2,
     "sample": 3,
     "sampler": 4,
+    "rollout": 5,
+    "shift": 6,
+    "replay": 7,
   }
 
 

@@ -464,6 +464,66 @@ def test_an_image_does_not_depend_on_its_neighbours():
   assert not np.allclose(together[0], together[1], atol=1e-2)
 
 
+SHIFTS = (0, 13, 49)
+
+
+def path_on_grids(config, shifts=SHIFTS, rows=slice(None)):
+  """`dpmpp_2m_path` of the smooth network, one grid an image; 20 steps."""
+
+  def denoiser(x, t):
+    return network(x, t.astype(jnp.float32).reshape(-1, 1, 1, 1), jnp.tanh)
+
+  tables = schedule.from_config(config)
+  run = jax.jit(
+    lambda x, s: samplers.dpmpp_2m_path(denoiser, x, tables, steps=20, shifts=s)
+  )
+  return run(jnp.asarray(start())[rows], jnp.asarray(shifts))
+
+
+@pytest.mark.parametrize("prediction_type", schedule.PREDICTION_TYPES)
+def test_a_grid_for_each_image_is_diffusers_on_that_grid(prediction_type):
+  """Each image against a scheduler of its own, set to the timesteps of its own grid."""
+  torch = pytest.importorskip("torch")
+  config = {**SD, "prediction_type": prediction_type}
+  clean, path = path_on_grids(config)
+  assert path.timesteps.shape == (3, 20)
+  assert path.noisy_latents.shape == path.outputs.shape == (3, 20, 2, 2, 4)
+  for row, shift in enumerate(SHIFTS):
+    scheduler = their_scheduler("dpmpp_2m", config)
+    grid = list(range(950 + shift, -1, -50))
+    assert path.timesteps[row].tolist() == grid
+    scheduler.set_timesteps(timesteps=grid)
+    x = torch.from_numpy(start()[row : row + 1])
+    for i, t in enumerate(scheduler.timesteps):
+      output = network(x, float(t), torch.tanh)
+      ours = (path.noisy_latents[row, i], path.outputs[row, i])
+      for mine, theirs in zip(ours, (x, output), strict=True):
+        np.testing.assert_allclose(mine, theirs[0].numpy(), rtol=0, atol=1e-4)
+      x = scheduler.step(output, t, x).prev_sample
+    np.testing.assert_allclose(clean[row], x[0].numpy(), rtol=0, atol=1e-4)
+
+
+def test_grids_of_neighbours_do_not_matter():
+  clean, path = path_on_grids(SD)
+  for row, shift in enumerate(SHIFTS):
+    alone, its_path = path_on_grids(SD, (shift,), slice(row, row + 1))
+    np.testing.assert_allclose(alone[0], clean[row], atol=1e-5)
+    for mine, theirs in zip(*map(jax.tree.leaves, (its_path, path)), strict=True):
+      np.testing.assert_allclose(mine[0], theirs[row], atol=1e-5)
+
+
+def test_the_last_shift_is_the_trailing_grid():
+  tables = schedule.from_config({**SD, "timestep_spacing": "trailing"})
+
+  def denoiser(x, t):
+    return network(x, t.astype(jnp.float32).reshape(-1, 1, 1, 1), jnp.tanh)
+
+  plain = samplers.dpmpp_2m(denoiser, jnp.asarray(start()), tables, steps=20)
+  np.testing.assert_allclose(
+    path_on_grids(SD, (49, 49, 49))[0], plain, rtol=0, atol=1e-5
+  )
+
+
 @pytest.mark.parametrize(("scale", "factor"), [(0, 2), (1, 5), (7.5, 24.5), (-1, -1)])
 def test_guidance_goes_from_the_unconditional_to_the_conditional(scale, factor):
   def denoiser(x, t):  # 2 (x + t) for the first half, 5 (x + t) for the second
