@@ -108,7 +108,9 @@ def index_lists(
   """
   image_record = {uid: i for i, uid in enumerate(image_keys)}
   prompt_record = {prompt: i for i, prompt in enumerate(prompt_keys)}
-  used = np.unique(lists.image)
+  source = lists.source_image
+  used = np.unique(np.concatenate([lists.image, [] if source is None else source]))
+  used = used[used >= 0].astype(np.int64)
   unknown = [
     uid
     for uid in (lists.image_uids[i] for i in used)
@@ -133,8 +135,12 @@ def index_lists(
       f"no list is left: {len(lists.prompt)} were built, all lost too many images to be "
       f"ranked. See {Path(folder) / 'bad_images.jsonl'}."
     )
+  source = kept.source_image
+  if source is not None:
+    source = np.where(source >= 0, image[source], -1).astype(np.int32)
   kept = dataclasses.replace(
     kept,
+    source_image=source,
     image=image[kept.image],
     prompt=prompt[kept.prompt],
     image_uids=image_keys,
@@ -148,15 +154,16 @@ def drop_missing(
 ) -> tuple[RankedLists, dict[str, int]]:
   """Removes the items whose image has no record, and lists that this empties of meaning.
 
-  A list that lost items is dropped when fewer than two are left or all of them tie.
-  Ranks stay dense, list ids stay as they are.
+  A list that lost items is dropped when fewer than two are left or all of them tie, and
+  an edit whose source image is missing. Ranks stay dense, list ids stay as they are.
 
   Args:
     lists: the lists.
     image_record: [images] for each index in `lists.image`, negative where missing.
 
   Returns:
-    The lists that remain (image still indexes `lists.image_uids`), and the counts.
+    The lists that remain (images still index `lists.image_uids`), and the counts; of
+    edits also "lists_without_source".
   """
   count = len(lists.prompt)
   length = np.diff(lists.offsets)
@@ -170,7 +177,13 @@ def drop_missing(
   short = (left < length) & (left < 2)
   tied = (left < length) & (left >= 2) & (low == high)
   stays = ~(short | tied)
-  lost = {
+  source = lists.source_image
+  lost = {}
+  if source is not None:
+    alone = (source >= 0) & (image_record[source] < 0)
+    stays &= ~alone
+    lost["lists_without_source"] = int(alone.sum())
+  lost |= {
     "items": int((~keep).sum()),
     "lists_shortened": int((stays & (left < length)).sum()),
     "lists_too_short": int(short.sum()),
@@ -188,6 +201,7 @@ def drop_missing(
     list_id=lists.list_id[stays],
     weight=lists.weight[stays],
     user=None if lists.user is None else lists.user[stays],
+    source_image=None if source is None else source[stays],
     offsets=np.concatenate([[0], np.cumsum(left[stays])]).astype(np.int64),
     image=lists.image[keep],
     rank=(which.ravel() - first).astype(np.int32),

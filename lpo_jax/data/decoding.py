@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 
 import numpy as np
 
@@ -14,6 +15,8 @@ PREPROCESSING = {
   "crop": "centre",
 }
 MAX_PIXELS = 100_000_000  # a header may promise more memory than the machine has
+# What Pillow calls an image without a file name: another text in every run.
+_ADDRESS = re.compile(r" ?<[^<>]* object at 0x[0-9a-f]+>")
 _ORIENTATION = 0x0112  # the EXIF tag; 1 (or none) means "as stored"
 
 
@@ -80,7 +83,8 @@ def prepare(
   except BadImage:
     raise
   except Exception as error:  # decoders raise anything from SyntaxError to struct.error
-    raise BadImage(f"cannot be decoded: {type(error).__name__}: {error}") from error
+    said = _ADDRESS.sub("", f"{type(error).__name__}: {error}")
+    raise BadImage(f"cannot be decoded: {said}") from error
   height, width = pixels.shape[:2]
   if (height, width) == (resolution, resolution):
     return PreparedImage(pixels, (height, width), (0, 0))

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from lpo_jax.data import judgements as judgements_lib
-from lpo_jax.data import orders
+from lpo_jax.data import orders, reranking
+from lpo_jax.data.joining import STRATEGIES, Made
 from lpo_jax.data.judgements import Judgements, Numbered
 from lpo_jax.data.ranked import DROP_REASONS, ListReport, RankedLists, list_ids
 from lpo_jax.errors import UserError, unknown_name
 
+# What judgements have in place of a strategy that is for finished lists alone.
+_INSTEAD = {
+  "winners": "With 'choice', the objective sft learns from each winner and no other.",
+  "groups": "With 'levels', or 'scores', images become lists of data.max_list_size.",
+}
 GROUPS = ("prompt", "prompt_user")
 TIES = ("keep", "drop")
 WEIGHTS = ("uniform", "num_example_per_prompt")
@@ -31,6 +35,7 @@ def build(
   ties: str = "keep",
   weight: str = "uniform",
   tie_tolerance: float = 0.0,
+  ranks: str = "given",
 ) -> tuple[RankedLists, ListReport]:
   """Joins judgements into ranked lists of 2 to `max_size` images.
 
@@ -43,11 +48,15 @@ def build(
     to the image, ties kept.
   * ``choice``: each winner over the images it met, [0, 1, 1, ...].
   * ``pairs``: each judgement with a winner by itself, as Diffusion-DPO.
+  * ``scores``: one list per connected set of images, ranks by descending share of the
+    win over all judgements of an image (see `joining.win_shares`), ties within
+    `tie_tolerance`; the shares are the lists' scores.
 
   A source of finished lists takes `paths` and `levels` as "the list as it is", `choice`
-  as the best over the rest, `pairs` as all ordered pairs, `winners` as the best by
-  itself (for `sft`), and `scores` as ranks by descending score, ties within
-  `tie_tolerance`; its own ties and weights stay.
+  as the best over the rest, `pairs` as all ordered pairs, `groups` as separate lists
+  that its images are dealt into at random, `winners` as the best by itself (for `sft`),
+  and `scores` as ranks by descending score, ties within `tie_tolerance`; its own ties
+  and weights stay.
 
   Args:
     source: what `sources.read` returned.
@@ -56,10 +65,12 @@ def build(
     group_by: "prompt" pools annotators, "prompt_user" joins one person's judgements.
     ties: "keep" lets ties merge images where the strategy can say so, "drop" does not.
     weight: of a list: "uniform" (1), or "num_example_per_prompt" for the mean weight of
-      its judgements.
-    tie_tolerance: scores are a tie if they differ by no more; of judgements the scores
-      are the two images' shares of the win (0.55 and 0.45 differ by 0.1). Among the
-      scores of a list each is compared with the best of the images it would tie with.
+      its judgements, or of all in its group where it states none.
+    tie_tolerance: scores are a tie if they differ by no more; of judgements, but with
+      `scores`, they are the two images' shares of the win (0.55 and 0.45 differ by 0.1).
+      Among the scores of a list each is compared with the best of the images it would
+      tie with.
+    ranks: "given", or the order to replace it by, see `reranking`.
 
   Returns:
     The lists (possibly none, see `refuse_empty`) and what became of every judgement.
@@ -71,6 +82,7 @@ def build(
     ("group_by", group_by, GROUPS),
     ("ties", ties, TIES),
     ("weight", weight, WEIGHTS),
+    ("ranks", ranks, reranking.RANKS),
     ("strategy", strategy, sorted({*STRATEGIES, *LIST_STRATEGIES})),
   ):
     if name not in known:
@@ -83,19 +95,21 @@ def build(
   if not tie_tolerance >= 0:
     raise UserError(f"data.tie_tolerance is {tie_tolerance}; expected 0 or more.")
   if isinstance(source, RankedLists):
-    return _from_lists(source, strategy, max_size, tie_tolerance)
+    lists, report = _from_lists(source, strategy, max_size, tie_tolerance)
+    return reranking.rerank(lists, ranks), report
   if strategy not in STRATEGIES:
     raise UserError(
-      f"data.strategy={strategy!r} needs ranked lists, but this source holds "
-      f"judgements of two images. Use one of: {', '.join(STRATEGIES)}."
+      f"data.strategy={strategy!r} needs ranked lists, but this source holds judgements "
+      f"of two images. Set it to one of: {', '.join(STRATEGIES)}. {_INSTEAD[strategy]}"
     )
-  if tie_tolerance:
+  if tie_tolerance and strategy != "scores":  # which compares the pooled shares
     source = _with_near_ties(source, tie_tolerance)
   rows = judgements_lib.number(
     source, by_user=group_by == "prompt_user", keep_ties=ties == "keep"
   )
-  made = STRATEGIES[strategy](rows, max_size)
-  return _finish(source, rows, made, strategy, weight)
+  made = STRATEGIES[strategy](rows, max_size, tie_tolerance)
+  lists, report = _finish(source, rows, made, strategy, weight)
+  return reranking.rerank(lists, ranks), report
 
 
 def _with_near_ties(source: Judgements, tolerance: float) -> Judgements:
@@ -122,128 +136,8 @@ def refuse_empty(report: ListReport) -> None:
     )
 
 
-@dataclasses.dataclass
-class _Made:
-  """Lists under construction, flat, in no particular order.
-
-  Attributes:
-    size: images of each list.
-    node: its images, best first.
-    rank: their ranks.
-    owned: number of relations each list states.
-    relation: which, as indices into `agree` and `weight`.
-    agree: judgements that each relation stands for.
-    weight: the sum of their weights.
-    facts: fields of the report.
-  """
-
-  agree: np.ndarray
-  weight: np.ndarray
-  facts: dict[str, Any]
-  size: list[int] = dataclasses.field(default_factory=list)
-  node: list[int] = dataclasses.field(default_factory=list)
-  rank: list[int] = dataclasses.field(default_factory=list)
-  owned: list[int] = dataclasses.field(default_factory=list)
-  relation: list[int] = dataclasses.field(default_factory=list)
-
-  def add(self, node: Sequence[int], rank: Sequence[int], relation: Sequence[int]):
-    """Appends one list."""
-    self.size.append(len(node))
-    self.node += node
-    self.rank += rank
-    self.owned.append(len(relation))
-    self.relation += relation
-
-  def add_pairs(self, better: np.ndarray, worse: np.ndarray, relation: np.ndarray):
-    """Appends a list of two per relation."""
-    self.size += [2] * len(better)
-    self.node += np.stack([better, worse], 1).reshape(-1).tolist()
-    self.rank += [0, 1] * len(better)
-    self.owned += [1] * len(better)
-    self.relation += relation.tolist()
-
-
-def _joined(
-  rows: Numbered,
-  max_size: int,
-  *,
-  strategy: Callable[[orders.Component, int], orders.Outcome],
-  ties_join: bool,
-) -> _Made:
-  """Runs a strategy on every connected component of the majority's relations."""
-  voted = judgements_lib.majority(rows)
-  facts = {
-    "repeated": rows.repeated,
-    "contradicted_pairs": voted.contradicted_pairs,
-    "contradictions": voted.contradictions,
-    "outvoted": voted.outvoted,
-  }
-  made = _Made(voted.agree, voted.weight, facts)
-  joins = np.flatnonzero(~voted.tie | ties_join)
-  parts = judgements_lib.components(
-    voted.better[joins], voted.worse[joins], len(rows.node_group)
-  )
-  part = parts.of_node[voted.better[joins]]
-  # Components of two images are most of a data set and need no graph.
-  simple = (np.diff(parts.start)[part] == 2) & ~voted.tie[joins]
-  pairs = joins[simple]
-  made.add_pairs(voted.better[pairs], voted.worse[pairs], pairs)
-  # The others one by one. The sort is stable: relations stay strongest first.
-  order = np.argsort(part, kind="stable")
-  order = order[~simple[order]]
-  relation, part = joins[order], part[order]
-  edges = np.stack([voted.better[relation], voted.worse[relation]], 1)
-  edges = list(map(tuple, parts.place[edges].tolist()))
-  tie, relation = voted.tie[relation].tolist(), relation.tolist()
-  bounds = np.flatnonzero(np.diff(part, prepend=-1, append=-1)).tolist()
-  refused: dict[str, list[int]] = {"cycles": [], "ties_yielded": [], "all_tied": []}
-  tied_components = 0
-  for begin, end in itertools.pairwise(bounds):
-    nodes = parts.nodes[parts.start[part[begin]] : parts.start[part[begin] + 1]]
-    nodes = nodes.tolist()
-    wins = [i for i in range(begin, end) if not tie[i]]
-    ties = [i for i in range(begin, end) if tie[i]]
-    component = orders.Component(
-      len(nodes), [edges[i] for i in wins], [edges[i] for i in ties]
-    )
-    outcome = strategy(component, max_size)
-    for sublist in outcome.lists:
-      stated = [relation[wins[i]] for i in sublist.wins]
-      stated += [relation[ties[i]] for i in sublist.ties]
-      made.add([nodes[i] for i in sublist.images], sublist.ranks, stated)
-    refused["cycles"] += [relation[wins[i]] for i in outcome.cut]
-    refused["ties_yielded"] += [relation[ties[i]] for i in outcome.yielded]
-    refused["all_tied"] += [relation[ties[i]] for i in outcome.all_tied]
-    tied_components += bool(outcome.all_tied)
-  left = np.ones(len(voted.tie), bool)
-  left[made.relation] = False
-  for reason, lost in refused.items():
-    facts[reason] = int(voted.agree[lost].sum())
-    left[lost] = False
-  facts["ties_not_expressible"] = int(voted.agree[left].sum())
-  facts["cycle_cuts"] = len(refused["cycles"])
-  facts["lists_dropped"] = {"all tied": tied_components} if tied_components else {}
-  return made
-
-
-def _pairs(rows: Numbered, max_size: int) -> _Made:
-  """One list of two per judgement with a winner, repeated and opposed ones alike."""
-  won = np.flatnonzero(rows.label != 0.5)
-  a_won = rows.label[won] > 0.5
-  better = np.where(a_won, rows.a[won], rows.b[won])
-  worse = np.where(a_won, rows.b[won], rows.a[won])
-  order = np.lexsort((rows.weight[won], worse, better))
-  facts = {
-    "repeated": rows.repeated,
-    "ties_not_expressible": len(rows.label) - len(won),
-  }
-  made = _Made(np.ones(len(won), np.int64), rows.weight[won], facts)
-  made.add_pairs(better[order], worse[order], order)
-  return made
-
-
 def _finish(
-  source: Judgements, rows: Numbered, made: _Made, strategy: str, weight: str
+  source: Judgements, rows: Numbered, made: Made, strategy: str, weight: str
 ) -> tuple[RankedLists, ListReport]:
   """Sorts the lists by prompt, names and weighs them, and closes the account."""
   size = np.asarray(made.size, np.int64)
@@ -255,7 +149,11 @@ def _finish(
   used = np.bincount(owner, made.agree[relation], len(size)).astype(np.int64)
   weights = np.ones(len(size))
   if weight == "num_example_per_prompt":
-    weights = np.bincount(owner, made.weight[relation], len(size)) / used
+    # A window of a ranking by scores may state no judgement: its group's mean then.
+    group = rows.node_group[rows.a]
+    mean = np.bincount(group, rows.weight) / np.maximum(np.bincount(group), 1)
+    weights = np.bincount(owner, made.weight[relation], len(size))
+    weights = np.divide(weights, used, out=mean[rows.node_group[best]], where=used > 0)
   # Nodes are numbered by (prompt, user, uid), so the best image's node sorts lists; the
   # stable sort keeps the strategies' own order among lists with the same best image.
   order = np.argsort(best, kind="stable")
@@ -268,7 +166,7 @@ def _finish(
     size=size[order],
     image=rows.node_image[node[items]],
     rank=np.asarray(made.rank, np.int64)[items],
-    score=np.zeros(len(items)),
+    score=np.asarray(made.score or [0.0] * len(items))[items],
     weight=weights[order],
   )
   facts = {"ties": rows.ties, **made.facts}
@@ -376,7 +274,7 @@ def _from_lists(
     else:
       ranks = orders.dense(worse)
     tied_rows += len(set(ranks)) < len(ranks)
-    cuts = split(ranks, max_size)
+    cuts = split(ranks, max_size, [uids[image[i]] for i in order])
     if not cuts:
       lists_dropped["all tied" if len(ranks) > 1 else "single image"] += 1
       continue
@@ -427,17 +325,12 @@ class _Window:
   score: list[float]
 
 
-STRATEGIES: dict[str, Callable[..., _Made]] = {
-  "paths": functools.partial(_joined, strategy=orders.paths, ties_join=False),
-  "levels": functools.partial(_joined, strategy=orders.levels, ties_join=True),
-  "choice": functools.partial(_joined, strategy=orders.choice, ties_join=False),
-  "pairs": _pairs,
-}
-LIST_STRATEGIES: dict[str, Callable[[list[int], int], list[orders.Window]]] = {
+LIST_STRATEGIES: dict[str, Callable[..., list[orders.Window]]] = {
   "paths": orders.windows,
   "levels": orders.windows,
   "scores": orders.windows,
   "choice": orders.best_first,
   "pairs": orders.all_pairs,
+  "groups": orders.groups,
   "winners": orders.winners,
 }

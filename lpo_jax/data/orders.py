@@ -7,12 +7,17 @@ decided by the smaller integer, so that results depend on the numbering alone.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import hashlib
 import heapq
 import itertools
 from collections.abc import Sequence
 
 from lpo_jax.data.precedence import Component, Edge, Order, consistent, kept
+from lpo_jax.errors import UserError
+
+MOST_PAIRS = 50_000  # of one list: all pairs of 316 images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,12 +294,15 @@ def choice(component: Component, max_size: int) -> Outcome:
 Window = tuple[list[int], list[int]]  # places in a ranked list, and their ranks
 
 
-def windows(ranks: Sequence[int], max_size: int) -> list[Window]:
+def windows(
+  ranks: Sequence[int], max_size: int, uids: Sequence[str] = ()
+) -> list[Window]:
   """Splits a ranked list; later windows start with an image above their first new one.
 
   Args:
     ranks: ascending and dense.
     max_size: most images per window, at least 2.
+    uids: names of the images, in step with `ranks`; not looked at.
 
   Returns:
     Windows with an order in them. Some of more than `max_size` images that tie for best
@@ -303,10 +311,12 @@ def windows(ranks: Sequence[int], max_size: int) -> list[Window]:
   >>> windows([0, 1, 1, 1], 3)
   [([0, 1, 2], [0, 1, 1]), ([0, 3], [0, 1])]
   """
+  del uids
   made = []
   start = 0
   while start < len(ranks):
-    above = [i for i in range(start) if ranks[i] < ranks[start]][-1:]
+    better = bisect.bisect_left(ranks, ranks[start])  # images above the first new one
+    above = [better - 1] if better else []
     stop = min(start + max_size - len(above), len(ranks))
     window = [*above, *range(start, stop)]
     if ranks[window[0]] < ranks[window[-1]]:
@@ -315,18 +325,71 @@ def windows(ranks: Sequence[int], max_size: int) -> list[Window]:
   return made
 
 
-def best_first(ranks: Sequence[int], max_size: int) -> list[Window]:
+def groups(ranks: Sequence[int], max_size: int, uids: Sequence[str]) -> list[Window]:
+  """Deals a ranked list at random into separate lists of `max_size`, the last shorter.
+
+  As if nobody had been shown more than `max_size` images at once. `windows` of the same
+  size compare neighbours instead, so that they differ in how hard the choices are too.
+
+  Args:
+    ranks: ascending and dense.
+    max_size: most images per group, at least 2.
+    uids: names of the images, in step with `ranks`: their hashes decide who is dealt
+      together, and nothing else does.
+
+  Returns:
+    Groups with an order in them, best first. An image left over alone is in none.
+
+  >>> groups([0, 1, 2, 3], 2, "abcd")
+  [([0, 2], [0, 1]), ([1, 3], [0, 1])]
+  """
+  dealt = sorted(range(len(ranks)), key=lambda i: _digest(uids[i]))
+  made = []
+  for start in range(0, len(ranks), max_size):
+    chosen = sorted(dealt[start : start + max_size])
+    if ranks[chosen[0]] < ranks[chosen[-1]]:
+      made.append((chosen, dense([ranks[i] for i in chosen])))
+  return made
+
+
+def _digest(uid: str) -> bytes:
+  return hashlib.blake2b(uid.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def best_first(
+  ranks: Sequence[int], max_size: int, uids: Sequence[str] = ()
+) -> list[Window]:
   """The best images over all others, whatever the order among these: [0, 1, 1, ...]."""
+  del uids
   return windows([min(rank, 1) for rank in ranks], max_size)
 
 
-def all_pairs(ranks: Sequence[int], max_size: int) -> list[Window]:
-  """Every two images of different rank."""
-  places = range(len(ranks))
-  return [([i, j], [0, 1]) for i in places for j in places if ranks[i] < ranks[j]]
+def all_pairs(
+  ranks: Sequence[int], max_size: int, uids: Sequence[str] = ()
+) -> list[Window]:
+  """Every two images of different rank.
+
+  Raises:
+    UserError: more than `MOST_PAIRS`, which nobody means to train on.
+  """
+  del max_size, uids
+  below = [bisect.bisect_right(ranks, rank) for rank in ranks]
+  count = sum(len(ranks) - first for first in below)
+  if count > MOST_PAIRS:
+    raise UserError(
+      f"data.strategy='pairs' would make {count:,} lists of one list of {len(ranks):,} "
+      f"images; the most is {MOST_PAIRS:,}. With data.max_list_size=2, set it to 'paths' "
+      "for pairs of neighbours, or to 'groups' for pairs dealt at random; or set it to "
+      "'choice' for the best over the others."
+    )
+  return [
+    ([i, j], [0, 1]) for i, first in enumerate(below) for j in range(first, len(ranks))
+  ]
 
 
-def winners(ranks: Sequence[int], max_size: int) -> list[Window]:
+def winners(
+  ranks: Sequence[int], max_size: int, uids: Sequence[str] = ()
+) -> list[Window]:
   """Each best image by itself, a list of one: what `sft` learns from, and no more."""
-  del max_size
+  del max_size, uids
   return [([i], [0]) for i, rank in enumerate(ranks) if rank == 0]

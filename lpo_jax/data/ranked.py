@@ -85,6 +85,9 @@ class ListReport:
     outvoted: against the majority on the same two images.
     cycles: weakest wins of a circle of preferences.
     all_tied: in a list without any order.
+    against_scores: wins whose images the shares of all judgements put the other way
+      round, or level.
+    split_apart: wins between images of one ranking that was too long for one list.
     single_image: in a list of one image.
     ties: labelled ties, whatever became of them.
     repeated: judgements beyond the first of the same two images for the same prompt.
@@ -113,6 +116,8 @@ class ListReport:
   outvoted: int = 0
   cycles: int = 0
   all_tied: int = 0
+  against_scores: int = 0
+  split_apart: int = 0
   single_image: int = 0
   ties: int = 0
   repeated: int = 0
@@ -152,6 +157,8 @@ DROP_REASONS = (
   "outvoted",
   "cycles",
   "all_tied",
+  "against_scores",
+  "split_apart",
   "single_image",
 )
 

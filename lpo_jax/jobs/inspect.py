@@ -91,11 +91,13 @@ def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
   lists.refuse_empty(report)
   unknown = [name for name in limits if found["fractions"][name] is None]
   if unknown:
+    why = found["prompts"]["tokens_not_counted"]
     raise UserError(
       f"inspect.limits.{unknown[0]} cannot be checked, as the data say nothing of it. "
       "long_prompts needs a tokenizer in model.path, leakage needs eval.prompts, "
       "top5_annotators needs user ids, shares of images need images. Set what is "
       "missing, or take the limit away."
+      + (f" Tokens were not counted: {why}" if unknown[0] == "long_prompts" else "")
     )
   if found["exceeded"]:
     shares = "; ".join(
@@ -141,7 +143,11 @@ def summary(found: Mapping[str, Any]) -> list[str]:
     f"{people['top5_share']:.1%}",
     "generators": makers or "unknown",
     "prompts": f"{texts['count']:,}; "
-    + (f"{long['beyond']} beyond {long['limit']} tokens; " if long else "")
+    + (
+      f"{long['beyond']} beyond {long['limit']} tokens; "
+      if long
+      else f"tokens not counted ({texts['tokens_not_counted'].rstrip('.')}); "
+    )
     + (
       f"{texts['leaked']} of {texts['evaluation']} evaluation prompts among them"
       if texts["evaluation"]

@@ -6,9 +6,7 @@ import collections
 import dataclasses
 import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from lpo_jax import console, pretrained
 from lpo_jax.data import decoding, pipeline, prompts
 from lpo_jax.data.judgements import Judgements
 from lpo_jax.data.ranked import RankedLists
+from lpo_jax.errors import UserError
 
 SHOWN = 10  # of anything that could be many
 MOST_UPDATES = 200  # that the packing is tried on
@@ -28,7 +27,6 @@ ASPECTS = {
     *((4, 3), (3, 2), (16, 9), (2, 1)),
   )
 }
-_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
 
 # Why a judgement is not used, in words.
 REASONS = {
@@ -44,6 +42,8 @@ REASONS = {
   "outvoted": "against the majority on the same two images",
   "cycles": "the weakest link of a circle of preferences",
   "all_tied": "in a list where everything ties",
+  "against_scores": "wins that all judgements of the images together do not bear out",
+  "split_apart": "wins between images of one ranking, too long for one list",
   "single_image": "in a list of one image",
 }
 
@@ -104,7 +104,7 @@ def check_images(
       height, width = decoding.prepare(encoded, 16, max_pixels=max_pixels).original_size
       sizes[width, height] += 1
     except decoding.BadImage as error:
-      bad[uids[index]] = _ADDRESS.sub("", str(error))
+      bad[uids[index]] = str(error)
       if _ends_early(encoded, str(error)):
         truncated.append(uids[index])
     progress.update(len(digests), undecodable=len(bad))
@@ -188,19 +188,32 @@ def texts(
   used = [source.prompts[i] for i in np.unique(source.prompt)]
   held_out = prompts.read(evaluation) if evaluation else []
   leaked = prompts.overlap(held_out, used)
+  counted, why = None, "model.path is not set"
+  if model_path:
+    try:
+      counted, why = tokens(used, model_path), ""
+    except UserError as error:  # the rest of the report needs no model
+      why = str(error)
   return {
     "count": len(used),
     "evaluation": len(held_out),
     "leaked": len(leaked),
     "leaked_examples": leaked[:SHOWN],
-    "tokens": tokens(used, model_path),
+    "tokens": counted,
+    "tokens_not_counted": why,
   }
 
 
-def tokens(used: Sequence[str], model_path: str) -> dict[str, Any] | None:
-  """How many prompts the text encoder cannot take whole; None without a tokenizer."""
-  if not model_path or not (Path(model_path) / "tokenizer").is_dir():
-    return None
+def tokens(used: Sequence[str], model_path: str) -> dict[str, Any]:
+  """How many prompts the text encoder cannot take whole.
+
+  Args:
+    used: prompts.
+    model_path: a pipeline folder, or its id on the Hub.
+
+  Raises:
+    UserError: no tokenizer there.
+  """
   tokenizer = pretrained.load_tokenizer(model_path)
   lengths = tokenizer.lengths(used)
   longest_first = np.argsort(-lengths, kind="stable")

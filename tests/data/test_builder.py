@@ -8,7 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from lpo_jax.configs import common
-from lpo_jax.data import builder, judgements, lists, prepared, ranked, sources
+from lpo_jax.data import (
+  beam_steps,
+  builder,
+  judgements,
+  lists,
+  prepared,
+  ranked,
+  sources,
+)
 from lpo_jax.errors import UserError
 
 FILES = 3
@@ -68,6 +76,7 @@ def spelled(built, *, images=False):
       built.rank[span].tolist(),
       int(built.list_id[i]),
       float(built.weight[i]),
+      built.score[span].tolist(),
     ]
     if images:
       row.append([built.images.read(j) for j in image])
@@ -89,7 +98,7 @@ def test_parts_build_what_the_whole_builds(folder, strategy, group_by):
   whole, expected = lists.build(sources.read(folder), **settings)
   pieces = {}
   for file in builder.plan(folder, **settings).files[:FILES]:
-    for part, piece in builder.deal(sources.read(file), 7):
+    for part, piece in beam_steps.deal(sources.read(file), 7):
       pieces.setdefault(part, []).append(piece)
   assert sorted(pieces) == list(range(7))
   made = [lists.build(judgements.concatenate(pieces[i]), **settings) for i in range(7)]
@@ -99,21 +108,23 @@ def test_parts_build_what_the_whole_builds(folder, strategy, group_by):
   # An image of several prompts may be in several parts, and counts in each.
   assert report.images > expected.images
   assert dataclasses.replace(report, images=expected.images) == expected
-  keys = [key for built, _ in made for key, _ in builder.rows(built)]
-  assert sorted(keys) == sorted(key for key, _ in builder.rows(whole))
+  keys = [key for built, _ in made for key, _ in beam_steps.rows(built)]
+  assert sorted(keys) == sorted(key for key, _ in beam_steps.rows(whole))
   assert len(set(keys)) == len(whole)
 
 
 def test_a_prompt_goes_where_its_text_says(folder):
   source = sources.read(folder)
-  parts = dict(builder.deal(source, 5))
+  parts = dict(beam_steps.deal(source, 5))
   assert sum(len(piece) for piece in parts.values()) == len(source)
   assert not set(parts[1].prompts) & set(parts[2].prompts)
   assert parts[0].dropped == source.dropped and parts[1].dropped == {}
   # Nothing was judged of the others, but what was refused still has to be counted.
   one = judgements.take(source, np.flatnonzero(source.prompt == source.prompt[0]))
-  assert {i: len(piece) for i, piece in builder.deal(one, 1)} == {0: len(one)}
-  assert sum(piece.dropped == source.dropped for _, piece in builder.deal(one, 50)) == 1
+  assert {i: len(piece) for i, piece in beam_steps.deal(one, 1)} == {0: len(one)}
+  assert (
+    sum(piece.dropped == source.dropped for _, piece in beam_steps.deal(one, 50)) == 1
+  )
 
 
 def test_pieces_of_judgements_make_the_whole_again():
@@ -152,7 +163,7 @@ def made(folder, tmp_path_factory):
   return out, path, report
 
 
-SETTINGS = dict(strategy="levels", group_by="prompt_user", max_size=5)
+SETTINGS = dict(strategy="scores", group_by="prompt_user", max_size=5)
 
 
 def test_the_pipeline_writes_what_one_machine_builds(folder, made):
@@ -164,6 +175,7 @@ def test_the_pipeline_writes_what_one_machine_builds(folder, made):
   found = sources.read(path)
   assert spelled(found, images=True) == spelled(whole, images=True)
   # As the cache job builds them again from the finished lists, in its own order.
+  assert found.score.any()
   again, _ = lists.build(found, "levels", max_size=5)
   assert spelled(again) == spelled(whole)
 
@@ -171,7 +183,7 @@ def test_the_pipeline_writes_what_one_machine_builds(folder, made):
 def test_labels_are_read_from_beside_the_records(made, monkeypatch):
   _, path, _ = made
   opened = prepared.open_split(sources_path(path), None)
-  names = ["prompt", "image_uids", "ranks", "weights", "user_id", "models"]
+  names = ["prompt", "image_uids", "ranks", "scores", "weights", "user_id", "models"]
   beside = prepared.read_columns(opened, names)
   assert len(beside) == len(opened)
 
@@ -208,7 +220,7 @@ def test_refusals(folder, made, tmp_path):
     builder.prepare(builder.plan(cut, "pickapic", **SETTINGS), tmp_path / "out")
   assert list((tmp_path / "out").iterdir()) in ([], [tmp_path / "out" / "ranked_lists"])
   with pytest.raises(UserError, match="Ranked lists need no building"):
-    next(builder.read_file((0, path), source="tfds", parts=1))
+    next(beam_steps.read_file((0, path), source="tfds", parts=1))
 
 
 def test_the_command(tmp_path, capsys, folder):
@@ -218,7 +230,38 @@ def test_the_command(tmp_path, capsys, folder):
   assert builder.main([*command, "--strategy", "path"]) == 2
   assert "did you mean 'paths'" in capsys.readouterr().err
   assert builder.main([*command, "--strategy=paths", "--parts=0"]) == 2
+  capsys.readouterr()
+  assert builder.main([*command, "--strategy=paths", "--images", "z"]) == 2
+  assert "--job cache takes data.images" in capsys.readouterr().err
   flags = builder.parser().parse_args([*command, "--strategy=paths"])
   data = common.get_config().data
-  for name in ("max_list_size", "group_by", "ties", "weight", "source", "split"):
+  names = ("max_list_size", "group_by", "ties", "weight", "tie_tolerance", "source")
+  for name in (*names, "split"):
     assert getattr(flags, name) == data[name], name
+
+
+def test_what_only_measures_is_not_built(tmp_path):
+  write_file(tmp_path / "test_unique-00000-of-00001.parquet", 0, 5)
+  with pytest.raises(UserError, match=r"'test_unique' is .* never trained on"):
+    builder.plan(tmp_path, strategy="paths")
+
+
+def test_lists_carry_their_scores():
+  source = judgements.Judgements(
+    *(["p"], list("abc"), [], np.zeros(2, np.int32), np.full(2, -1)),
+    *(np.array([0, 1]), np.array([1, 2]), np.array([0.7, 0.7]), np.ones(2)),
+  )
+  for strategy, scores in (("scores", [0.7, 0.5, 0.3]), ("paths", [])):
+    ((_, row),) = beam_steps.rows(lists.build(source, strategy)[0])
+    assert row["image_uids"] == ["a", "b", "c"] and row["ranks"] == [0, 1, 2]
+    assert row["scores"] == pytest.approx(scores)
+
+
+def test_images_that_are_missing_beside_the_labels(tmp_path):
+  rows = [{"prompt": "p", "file_path": ["a.png", "b.png"], "human_preference": [1, 0]}]
+  path = tmp_path / "train.json"
+  path.write_text(json.dumps(rows))
+  (tmp_path / "a.png").write_bytes(b"image")
+  pytest.importorskip("apache_beam", reason="Apache Beam is not installed: [beam]")
+  with pytest.raises(UserError, match=r"1 of the 2 images .*'b\.png'.*--job cache"):
+    list(beam_steps.read_file((0, str(path)), source="hpdv2", parts=1))

@@ -284,6 +284,24 @@ def test_lists_tied_by_intent_stay():
   np.testing.assert_array_equal(kept.offsets, lists.offsets)
 
 
+def test_edits_keep_the_image_that_they_edit(tmp_path):
+  rows = [(0, [0, 1], [0, 1]), (0, [2, 4], [0, 1]), (1, [1, 2], [0, 1]), (1, [3], [0])]
+  source = np.array([6, 6, 5, -1], np.int32)
+  edits = dataclasses.replace(_lists(rows), source_image=source)
+  kept, lost = cache.drop_missing(edits, np.array([0, 1, 2, 3, -1, -1, 6]))
+  # The second lost an image, the third the image that it edits.
+  assert kept.list_id.tolist() == [100, 103]
+  assert kept.source_image.tolist() == [6, -1]
+  assert (lost["lists_too_short"], lost["lists_without_source"]) == (1, 1)
+  keys, prompts = ["img6", "img0", "img1", "img3", "img2"], ["a cat", "a dog"]
+  indexed, _ = cache.index_lists(edits, keys, prompts, {"img4", "img5"}, tmp_path)
+  assert indexed.source_image.tolist() == [0, -1]
+  assert indexed.image.tolist() == [1, 2, 3]
+  with pytest.raises(UserError, match=r"1 images or prompts .*'img6'"):
+    cache.index_lists(edits, keys[1:], prompts, {"img4", "img5"}, tmp_path)
+  assert cache.drop_missing(_lists(rows), np.arange(7))[0].source_image is None
+
+
 def test_too_many_bad_images_stop_the_job(tmp_path):
   with pytest.raises(UserError, match=r"3 of 7 images .*max_bad_images=0.4.*img1: can"):
     _build(tmp_path, job=_with_bad(1, 4, 6), max_bad=0.4)

@@ -67,6 +67,7 @@ def build(rows, strategy, **options):
     ("levels", ["w > a = b = c"]),
     ("choice", ["w > a = b = c"]),
     ("pairs", ["w > a", "w > b", "w > c"]),
+    ("scores", ["w > a = b = c"]),
   ],
 )
 def test_star_of_a_winner_that_stays(strategy, expected):
@@ -243,6 +244,147 @@ def test_levels_wider_than_max_size_are_covered_by_connected_windows():
   assert report.judgements_used == 10
 
 
+def scored(rows, **options):
+  """Lists by `scores` as "a 1 > b 0.5", and the report."""
+  source = judgements(rows) if isinstance(rows, list) else rows
+  built, _ = lists.build(source, "scores", **options)
+  found, report = build(source, "scores", **options)
+  scores = {
+    (built.image_uids[i], round(float(score), 6))
+    for i, score in zip(built.image, built.score)
+  }
+  return found, dict(sorted(scores)), report
+
+
+def test_scores_are_shares_of_the_win():
+  found, scores, report = scored(wins("wa", "wb", "wc"))
+  assert (found, report.judgements_used) == (["w > a = b = c"], 3)
+  assert scores == {"w": 1, "a": 0, "b": 0, "c": 0}
+  # The winner stays: c won, tied, won; a won and lost as d tied alone: both are 1/2.
+  found, scores, report = scored(wins("ab", "ca", "c=d", "ce"))
+  assert found == ["c > a = d > b = e"]
+  assert scores == {"a": 0.5, "b": 0, "c": 0.833333, "d": 0.5, "e": 0}
+  assert (report.judgements_used, report.dropped) == (3, {"ties_yielded": 1})
+  # In a chain the middle won and lost once each: nobody's win of b over c is borne out.
+  found, scores, report = scored(wins("ab", "bc", "cd"))
+  assert (found, report.dropped) == (["a > b = c > d"], {"against_scores": 1})
+  # Half of what a and b said of each other is outweighed by the others they met.
+  found, scores, report = scored(wins("ba", "ac", "ad", "ae", "cb"))
+  assert found == ["a > b = c > d = e"]
+  assert scores == {"a": 0.75, "b": 0.5, "c": 0.5, "d": 0, "e": 0}
+  assert (report.judgements_used, report.dropped) == (3, {"against_scores": 2})
+
+
+def test_scores_pool_contradictions_and_circles():
+  found, scores, report = scored(wins("ab", "ab", "ba"))
+  assert (found, scores) == (["a > b"], {"a": 0.666667, "b": 0.333333})
+  assert (report.judgements_used, report.against_scores) == (2, 1)
+  assert (report.repeated, report.outvoted, report.contradictions) == (2, 0, 0)
+  for rows in (wins("ab", "ba"), wins("ab", "bc", "ca"), wins("a=b", "b=c")):
+    found, _, report = scored(rows)
+    assert (found, report.all_tied) == ([], len(rows))
+    assert report.lists_dropped == {"all tied": 1}
+  # Two prompts are two sets; so are images that nothing connects.
+  found, _, _ = scored(wins("ab", "cd") + wins("ba", prompt="q"))
+  assert found == ["a > b", "b > a", "c > d"]
+
+
+def test_scores_of_ties():
+  found, scores, report = scored(wins("ab", "b=c"))
+  assert (found, scores) == (["a > c > b"], {"a": 1, "b": 0.25, "c": 0.5})
+  assert report.dropped == {"ties_yielded": 1}
+  found, _, report = scored(wins("wa", "wb", "a=b"))
+  assert (found, report.judgements_used, report.ties) == (["w > a = b"], 3, 1)
+  found, _, report = scored(wins("ab", "b=c"), ties="drop")
+  assert (found, report.dropped) == (["a > b"], {"ties_dropped": 1})
+
+
+def test_scores_of_soft_votes_and_weights():
+  rows = [("p", "a", "b", 0.7), ("p", "c", "b", 0.3)]
+  found, scores, report = scored(rows)
+  assert (found, scores) == (["a > b > c"], {"a": 0.7, "b": 0.5, "c": 0.3})
+  assert report.judgements_used == 2
+  # 0.7 and 1 - 0.3 are the same share, though not the same fp32.
+  both = [("p", "a", "x", 0.7), ("p", "x", "b", 0.3)]
+  assert scored(both)[0] == ["a = b > x"]
+  # a is tied with the best; c is compared with a, not with b: ties do not chain.
+  found, _, report = scored(rows, tie_tolerance=0.2)
+  assert (found, report.dropped) == (["a = b > c"], {"against_scores": 1})
+  assert scored(rows, tie_tolerance=0.19)[0] == ["a > b > c"]
+  assert scored(rows, tie_tolerance=0.4)[2].all_tied == 2
+  # It is the pooled shares that are compared, not the two of each judgement.
+  near = [("p", "a", "b", 0.55), ("p", "b", "c", 0.7)]
+  found, scores, _ = scored(near, tie_tolerance=0.1)
+  assert (found, scores) == (["b = a > c"], {"a": 0.55, "b": 0.575, "c": 0.3})
+  # In floating point 0.55 - 0.45 is more than 0.1.
+  assert scored([("p", "a", "b", 0.55)], tie_tolerance=0.1)[2].all_tied == 1
+  source = judgements(wins("ab", "ba"), weights=[3, 1])
+  found, scores, report = scored(source)
+  assert (found, scores) == (["a > b"], {"a": 0.75, "b": 0.25})
+  found, _, report = scored(judgements(wins("ab", "bc"), weights=[1, 0]))
+  assert found == ["a > c > b"]  # c lost what weighs nothing: half
+  assert report.dropped == {"against_scores": 1}
+
+
+def test_scores_longer_than_max_size():
+  found, _, report = scored(wins("wa", "wb", "wc", "wd", "we"), max_size=3)
+  assert (found, report.judgements_used) == (["w > a = b", "w > c = d", "w > e"], 5)
+  # All play all: 1, 2/3, 1/3, 0. In lists of two only the neighbours meet.
+  everyone = wins("ab", "ac", "ad", "bc", "bd", "cd")
+  found, scores, report = scored(everyone, max_size=2)
+  assert found == ["a > b", "b > c", "c > d"]
+  assert scores == {"a": 1, "b": 0.666667, "c": 0.333333, "d": 0}
+  assert (report.judgements_used, report.dropped) == (3, {"split_apart": 3})
+  # a and d tie and are never in one list; nobody judged the images of the lower lists.
+  rows = wins("wa", "wb", "wc", "wd", "a=d")
+  source = judgements(rows, weights=[0.25, 0.5, 0.5, 0.25, 1])
+  found, _, report = scored(source, max_size=2)
+  assert found == ["d > b", "d > c", "w > a", "w > d"]
+  assert report.dropped == {"ties_not_expressible": 1, "split_apart": 2}
+  built, _ = lists.build(source, "scores", max_size=2, weight="num_example_per_prompt")
+  assert built.weight.tolist() == [0.5, 0.5, 0.25, 0.25]
+  # Too many tie for best: they are in no list, nor are the judgements among them.
+  found, _, report = scored(wins("az", "bz", "cz", "dz"), max_size=3)
+  assert (found, report.dropped) == (["d > z"], {"split_apart": 3})
+
+
+@pytest.mark.parametrize("group_by", lists.GROUPS)
+def test_scores_account_for_every_judgement(group_by):
+  # Counted again without arrays: shares, and what the finished lists say of each.
+  source = random_judgements(600, 20, 8)
+  built, report = lists.build(source, "scores", group_by=group_by, max_size=4)
+  won, total, rank_in, members = {}, {}, [], {}
+  for i in range(len(source)):
+    label, user = float(source.label[i]), int(source.user[i])
+    if np.isnan(label):
+      continue
+    group = (int(source.prompt[i]), user if group_by == "prompt_user" else -1)
+    for image, share in ((source.image_a[i], label), (source.image_b[i], 1 - label)):
+      key = (*group, int(image))
+      won[key] = won.get(key, 0) + share * float(source.weight[i])
+      total[key] = total.get(key, 0) + float(source.weight[i])
+  for i in range(len(built)):
+    span = slice(built.offsets[i], built.offsets[i + 1])
+    group = (int(built.prompt[i]), int(built.user[i]))
+    ranks = dict(zip(built.image[span].tolist(), built.rank[span].tolist()))
+    for image, score in zip(built.image[span].tolist(), built.score[span].tolist()):
+      key = (*group, image)
+      assert score == pytest.approx(won[key] / total[key], abs=1e-6)
+      members.setdefault(key, set()).add(len(rank_in))
+    assert sorted(ranks.values()) == list(ranks.values())
+    rank_in.append(ranks)
+  used = 0
+  for i in range(len(source)):
+    label, user = float(source.label[i]), int(source.user[i])
+    group = (int(source.prompt[i]), user if group_by == "prompt_user" else -1)
+    a, b = int(source.image_a[i]), int(source.image_b[i])
+    both = members.get((*group, a), set()) & members.get((*group, b), set())
+    margins = {rank_in[j][b] - rank_in[j][a] for j in both}
+    used += any(np.sign(margin) == np.sign(label - 0.5) for margin in margins)
+  assert report.judgements_used == used
+  assert report.judgements_total == 600
+
+
 def test_user_grouping():
   rows = wins("ab", "bc", "ba")
   source = judgements(rows, users=["x", "x", "y"])
@@ -335,7 +477,7 @@ def spelled(built):
   uids = [built.image_uids[i] for i in built.image]
   users = [built.users[i] if i >= 0 else None for i in built.user]
   prompts = [built.prompts[i] for i in built.prompt]
-  columns = (built.list_id, built.offsets, built.rank, built.weight)
+  columns = (built.list_id, built.offsets, built.rank, built.score, built.weight)
   return prompts, uids, users, [column.tolist() for column in columns]
 
 
@@ -442,6 +584,18 @@ def test_finished_lists_are_split_and_checked():
     lists.build(dataclasses.replace(ranked, score=ranked.score * 0), "scores")
 
 
+def test_pairs_of_a_long_list_are_refused_before_they_are_made():
+  begin = time.perf_counter()
+  with pytest.raises(UserError, match=r"4,498,500 lists .* 3,000 images.*'groups'"):
+    orders.all_pairs(range(3000), 8)
+  assert time.perf_counter() - begin < 1
+  assert len(orders.all_pairs(range(316), 8)) == 316 * 315 // 2 == 49_770
+  with pytest.raises(UserError, match="50,086 lists"):
+    orders.all_pairs(range(317), 8)
+  # It is the pairs that count, not the images.
+  assert len(orders.all_pairs([0] + [1] * 3000, 8)) == 3000
+
+
 def test_windows_keep_an_order_in_each():
   assert orders.windows([0] * 5 + [1], 3) == [([3, 4, 5], [0, 0, 1])]
   assert orders.windows([0, 1, 2, 3], 2) == [
@@ -460,7 +614,11 @@ def test_refusals():
   with pytest.raises(UserError, match="max_list_size is 1"):
     lists.build(source, max_size=1)
   with pytest.raises(UserError, match="needs ranked lists"):
-    lists.build(source, "scores")
+    lists.build(source, "winners")
+  with pytest.raises(UserError, match=r"paths, levels.*'choice', the objective sft"):
+    lists.build(source, "winners")
+  with pytest.raises(UserError, match="'levels', or 'scores'"):
+    lists.build(source, "groups")
   built, report = lists.build(judgements(wins("a=b", "cc")), "paths")
   assert len(built) == 0 and built.offsets.tolist() == [0]
   with pytest.raises(UserError, match="1 same_image, 1 ties_not_expressible"):

@@ -217,6 +217,10 @@ def test_other_lists_share_the_records(config, tmp_path, no_encoding):
   assert len(cache.open_for(config, "anywhere").lists) == 2
   lists = cache.open_for(pairs, "anywhere").lists
   assert len(lists) == 3 and set(lists.lengths) == {2}
+  pairs.data.strategy = "scores"  # which RankDPO and others learn from
+  cache.run(pairs, str(tmp_path / "rankdpo"))
+  lists = cache.open_for(pairs, "anywhere").lists
+  assert lists.score.tolist() == [1, 0.5, 0.5, 0.25, 1, 0]
 
 
 def test_other_model_size_or_source_is_refused_by_name(config, model, tmp_path):

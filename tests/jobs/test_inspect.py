@@ -108,6 +108,7 @@ def test_everything_is_counted(parquet, tmp_path, capsys):
   # 9 images in updates of 256: one try, and the epoch is begun again until it is full.
   assert found["packing"]["efficiency"] == 1.0
   assert found["prompts"]["tokens"] is None  # no model, no tokenizer
+  assert found["prompts"]["tokens_not_counted"] == "model.path is not set"
   assert found["fractions"]["long_prompts"] is None
   assert found["annotators"]["count"] == 7
   assert found["annotators"]["top5_share"] == pytest.approx(7 / 9)
@@ -134,7 +135,7 @@ def test_the_page_escapes_strangers_text(parquet, tmp_path):
   assert "the weakest link of a circle" in page
   assert "Images by aspect" in page and "Lists by length" in page
   assert "1, 1 of them truncated" in page
-  assert "not counted: no tokenizer" in page
+  assert "not counted: model.path is not set" in page
   assert "<svg" in page
 
 
@@ -257,6 +258,32 @@ def test_prompts_that_the_text_encoder_cuts(tiny_world, tmp_path):
   # Start and end count: 14 words are 16 tokens, of 15 one is lost.
   assert (found["limit"], found["beyond"], found["longest"]) == (16, 2, 92)
   assert found["examples"] == [texts[4], texts[3]]
+
+
+def test_the_tokenizer_of_a_model_on_the_hub(tiny_world, tmp_path, monkeypatch, capsys):
+  from huggingface_hub import constants
+
+  # As huggingface_hub keeps it: what is in its cache is not asked for again.
+  snapshot = tmp_path / "hub" / "models--owner--tiny" / "snapshots" / "abc"
+  snapshot.mkdir(parents=True)
+  (snapshot.parents[1] / "refs").mkdir()
+  (snapshot.parents[1] / "refs" / "main").write_text("abc")
+  (snapshot / "tokenizer").symlink_to(tiny_world.pipeline / "tokenizer")
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+  config = configured(tiny_world.parquet, model__path="owner/tiny")
+  found = inspect.run(config, tmp_path)["prompts"]
+  assert (found["tokens"]["limit"], found["tokens_not_counted"]) == (16, "")
+  capsys.readouterr()
+  # A model that is not there costs the count, and says so; the rest is reported.
+  config.model.path = str(tmp_path / "nowhere" / "at" / "all")
+  found = inspect.run(config, tmp_path)["prompts"]
+  assert found["tokens"] is None and "does not exist" in found["tokens_not_counted"]
+  assert "tokens not counted (model folder" in capsys.readouterr().out
+  page = (tmp_path / "data_report.html").read_text()
+  assert "not counted: model folder" in page
+  config.inspect.limits = {"long_prompts": 0.5}
+  with pytest.raises(UserError, match=r"Tokens were not counted: .* does not exist"):
+    inspect.run(config, tmp_path)
 
 
 def test_a_limit_on_what_cannot_be_counted_is_refused(parquet, tmp_path):
