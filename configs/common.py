@@ -51,12 +51,13 @@ def get_config() -> ml_collections.ConfigDict:
       "split": placeholder(str),
       "cache": "",  # folder of encoded images; empty: <workdir>/cache; None: no cache
       "cache_dtype": "float16",  # of the records: float16 (8 times finer) | bfloat16
-      "strategy": "levels",  # paths | levels | choice | pairs
+      "strategy": "levels",  # paths | levels | choice | pairs | scores; docs/data.md
       "max_list_size": 8,  # Diffusion-LPO: 95 % of Pick-a-Pic's lists are no longer
       "group_by": "prompt",  # prompt | prompt_user
       "ties": "keep",  # keep | drop
       "weight": "uniform",  # uniform | num_example_per_prompt
       "tie_tolerance": 0.0,  # scores, or shares of a win, this close are a tie
+      "ranks": "given",  # given | reversed (NPO) | shuffled (a control)
       "resolution": 512,
       "max_pixels": 100_000_000,  # larger ones are bad images; ours: 300 MB decoded
       "max_bad_images": 0.01,  # stop when more than this share cannot be decoded
@@ -115,6 +116,9 @@ def get_config() -> ml_collections.ConfigDict:
       "steps": 50,
       "guidance_scale": 7.5,
       "eta": 0.0,
+      # Noise levels of dpmpp_2m, dpmpp_2m_sde and euler: auto, as the pipeline's
+      # scheduler_config.json has it | schedule | karras
+      "sigmas": "auto",
       "seeds": 1,  # images per prompt, from seed 0 on
       "first_seed": 0,
       "batch_size": 16,

@@ -34,6 +34,7 @@ def get_config(size: str = ""):
       "make": "report",  # report | base
       "sessions": 400,
       "images_per_session": 5,
+      "judging": "compare",  # compare: two at a time, the winner stays | rank: all
       "users": 24,
       "temperature": 0.5,  # of the taste: its spread within a session, so 3 in 4 agree
       "tie_rate": 0.3,

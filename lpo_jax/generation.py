@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lpo_jax import models, parallel, pretrained, tables
-from lpo_jax.diffusion import noising, samplers, schedule
-from lpo_jax.errors import UserError
+from lpo_jax.diffusion import noising, samplers, schedule, scheduler_fields
+from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.types import Array, Conditioning, Params
 
 
@@ -110,25 +110,36 @@ def initial_latents(
 
 
 def _bind_sampler(
-  name: str, *, steps: int, eta: float
+  name: str, *, steps: int, eta: float, sigmas: str
 ) -> tuple[functools.partial, bool]:
   """Returns the sampler with its options, and whether it wants keys to draw noise by.
 
   Raises:
-    UserError: an unknown sampler, or eta for one that has none.
+    UserError: an unknown sampler or sigmas, eta or sigmas for one that has none.
   """
   known = tables.options_of(samplers.get(name))
+  levels = ("auto", *samplers.SIGMAS)
+  if sigmas not in levels:
+    raise unknown_name("eval.sigmas", sigmas, levels)
   options: dict[str, Any] = {"steps": steps}
   if "eta" in known:
     options["eta"] = eta
   elif eta:
-    have = [n for n, f in samplers.SAMPLERS.items() if "eta" in tables.options_of(f)]
-    raise UserError(
-      f"eval.eta={eta}: sampler {name!r} has no eta; expected 0, or eval.sampler among: "
-      f"{', '.join(have)}."
-    )
+    raise _no_option(name, "eta", eta, "0")
+  if "sigmas" in known:
+    options["sigmas"] = sigmas
+  elif sigmas not in ("auto", "schedule"):
+    raise _no_option(name, "sigmas", sigmas, "'auto'")
   bound = tables.bind("sampler", samplers.SAMPLERS, name, options)
   return bound, "keys" in known and options.get("eta") != 0
+
+
+def _no_option(name: str, option: str, value: Any, neutral: str) -> UserError:
+  have = [n for n, f in samplers.SAMPLERS.items() if option in tables.options_of(f)]
+  return UserError(
+    f"eval.{option}={value}: sampler {name!r} has no {option}; expected {neutral}, or "
+    f"eval.sampler among: {', '.join(have)}."
+  )
 
 
 class Generator:
@@ -142,6 +153,8 @@ class Generator:
     steps: network evaluations (twice with guidance).
     guidance_scale: classifier-free guidance; 1 for none.
     eta: of DDIM; other samplers have none and refuse any but 0.
+    sigmas: noise levels, a name in `samplers.SIGMAS`, or "auto": what the pipeline's
+      scheduler asks for. Samplers without a choice refuse any but "schedule".
     batch_size: images per call, rounded up to a multiple of the devices.
     dtype: of activations.
     clip_skip: see `TextConditioner`.
@@ -157,18 +170,26 @@ class Generator:
     steps: int = 50,
     guidance_scale: float = 7.5,
     eta: float = 0.0,
+    sigmas: str = "auto",
     batch_size: int = 16,
     dtype: Any = jnp.float32,
     clip_skip: int = 0,
     vae_tile: int = 0,
   ):
-    self._sampler, self._draws_noise = _bind_sampler(sampler, steps=steps, eta=eta)
+    self._sampler, self._draws_noise = _bind_sampler(
+      sampler, steps=steps, eta=eta, sigmas=sigmas
+    )
     self.folder = folder = pretrained.local_folder(folder)
+    scheduler = pretrained.scheduler_config(folder)
+    scheduler_fields.refuse_others(sampler, scheduler)
+    if self._sampler.keywords.get("sigmas") == "auto":
+      asked = scheduler_fields.sigmas(scheduler)
+      self._sampler = functools.partial(self._sampler, sigmas=asked)
     self._mesh, self._vae_tile = mesh, vae_tile
     self.unet = models.build(pretrained.read_config(folder, "unet"), dtype=dtype)
     self._vae = pretrained.load(folder, "vae", dtype=dtype)
     self._text = TextConditioner(folder, dtype=dtype, clip_skip=clip_skip)
-    self._schedule = schedule.from_config(pretrained.scheduler_config(folder))
+    self._schedule = schedule.from_config(scheduler)
     self._guidance_scale = guidance_scale
     devices = mesh.size
     self.batch_size = -(-batch_size // devices) * devices

@@ -35,6 +35,7 @@ JOBS = (
   "export",
   "generate",
   "quickstart",
+  "ablation",
 )
 
 # Sections whose keys are a function's options: the function refuses the unknown ones.

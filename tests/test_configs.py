@@ -24,7 +24,7 @@ LOCATIONS = [
   f"{path.stem}:{size}" if size else path.stem
   for path in FILES
   for size in ("", "smoke")
-  if not size or "quickstart" in path.stem
+  if not size or "quickstart" in path.stem or "ablation" in path.stem
 ]
 # How a section is called where it is read, besides its own name.
 CALLED = {

@@ -7,6 +7,7 @@ from importlib import resources
 import numpy as np
 import pytest
 
+from lpo_jax import parallel
 from lpo_jax.errors import UserError
 from lpo_jax.generation import Generator, TextConditioner
 
@@ -18,6 +19,41 @@ def test_eta_is_refused_by_samplers_without_one():
     Generator("nowhere", mesh=None, sampler="euler", eta=0.5)
   with pytest.raises(UserError, match="unknown sampler 'eular'"):
     Generator("nowhere", mesh=None, sampler="eular")
+
+
+def test_sigmas_are_refused_by_samplers_without_a_choice():
+  with pytest.raises(
+    UserError, match=r"eval\.sigmas=karras: sampler 'ddim'.*among: dpmpp_2m, .*euler"
+  ):
+    Generator("nowhere", mesh=None, sampler="ddim", sigmas="karras")
+  with pytest.raises(
+    UserError, match=r"unknown eval\.sigmas 'karas'; did you mean 'ka"
+  ):
+    Generator("nowhere", mesh=None, sampler="euler", sigmas="karas")
+
+
+def test_sigmas_and_refusals_are_the_pipelines_own(tmp_path):
+  """Of the base that ships, with its scheduler's file changed."""
+  folder = tmp_path / "pipeline"
+  shutil.copytree(resources.files("lpo_jax") / "assets" / "digits_base", folder)
+  file = folder / "scheduler" / "scheduler_config.json"
+  fields = json.loads(file.read_text("utf-8"))
+
+  def drawn(sampler, sigmas="auto", **changes):
+    file.write_text(json.dumps({**fields, **changes}), "utf-8")
+    generator = Generator(
+      folder, mesh=parallel.make_mesh(), sampler=sampler, steps=3, sigmas=sigmas
+    )
+    return generator._sampler.keywords
+
+  assert drawn("euler")["sigmas"] == "schedule"
+  assert drawn("euler", use_karras_sigmas=True)["sigmas"] == "karras"
+  assert drawn("euler", "schedule", use_karras_sigmas=True)["sigmas"] == "schedule"
+  assert drawn("dpmpp_2m_sde", "karras")["sigmas"] == "karras"
+  assert "sigmas" not in drawn("ddim", use_karras_sigmas=True)
+  with pytest.raises(UserError, match="solver_order=3, which sampler 'dpmpp_2m' does"):
+    drawn("dpmpp_2m", solver_order=3)
+  drawn("ddim", solver_order=3)  # DDIM has no such field
 
 
 TOKENIZER = resources.files("lpo_jax") / "assets" / "digits_base" / "tokenizer"

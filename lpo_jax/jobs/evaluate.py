@@ -24,7 +24,9 @@ from lpo_jax.pretrained import lora as lora_files
 from lpo_jax.scoring import scorers, win_rate
 
 # What decides the pixels besides the weights; a change draws everything again.
-DRAWING_KEYS = ("sampler", "steps", "guidance_scale", "eta", "seeds", "first_seed")
+DRAWING_KEYS = (
+  *("sampler", "steps", "guidance_scale", "eta", "sigmas", "seeds", "first_seed"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from lpo_jax.jobs.stops import StopRequests
 from lpo_jax.scoring import scorers
 
 # What decides the pixels besides weights, prompts and seeds.
-DRAWING_KEYS = ("sampler", "steps", "guidance_scale", "eta")
+DRAWING_KEYS = ("sampler", "steps", "guidance_scale", "eta", "sigmas")
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:

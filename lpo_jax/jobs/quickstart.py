@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 
 from lpo_jax import console, parallel
-from lpo_jax.errors import UserError
+from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.jobs import (
   cache,
   evaluate,
@@ -164,6 +164,8 @@ def make_judgements(
 ) -> pathlib.Path:
   """Draws candidates with the base model and lets simulated people compare them."""
   world, path = config.quickstart, workdir / "judgements" / "judgements.parquet"
+  if world.judging not in JUDGING:
+    raise unknown_name("quickstart.judging", world.judging, JUDGING)
   if path.exists():
     console.say(f"judgements are there: {path}")
     return path
@@ -180,9 +182,19 @@ def make_judgements(
   progress = console.Progress("drawing candidates", len(prompts), "images")
   params, _ = evaluate.candidate_params(config.model.path, mesh)
   images = generator(params, prompts, seeds, on_progress=progress.update)
+  scores = digits.taste(images, prompts)
+  said = JUDGING[world.judging](config, path, scores, images, prompts)
+  parallel.barrier("judgements written")
+  console.say(f"{said} of {len(images)} images in {world.sessions} sessions: {path}")
+  return path
+
+
+def _compare(config, path, scores, images, prompts) -> str:
+  """Writes comparisons of two, the winner stays; returns how many in words."""
+  world = config.quickstart
   judgements = quickstart_people.judge(
-    digits.taste(images, prompts),
-    images_per_session=per_session,
+    scores,
+    images_per_session=world.images_per_session,
     users=world.users,
     temperature=world.temperature,
     tie_rate=world.tie_rate,
@@ -192,13 +204,28 @@ def make_judgements(
     quickstart_people.write_parquet(
       path, judgements, images, prompts, model="lpo_jax/digits_base"
     )
-  parallel.barrier("judgements written")
   ties = sum(j.label == 0.5 for j in judgements)
-  console.say(
-    f"{len(judgements)} judgements ({ties} ties) of {len(images)} images in "
-    f"{world.sessions} sessions by {world.users} simulated people: {path}"
+  return f"{len(judgements)} judgements ({ties} ties) by {world.users} simulated people"
+
+
+def _rank(config, path, scores, images, prompts) -> str:
+  """Writes rankings of whole sessions; returns how many in words."""
+  world = config.quickstart
+  rankings = quickstart_people.rank(
+    scores,
+    images_per_session=world.images_per_session,
+    temperature=world.temperature,
+    seed=config.seed,
   )
-  return path
+  if parallel.is_main_process():
+    quickstart_people.write_rankings(
+      path, rankings, images, prompts, model="lpo_jax/digits_base"
+    )
+  return f"{len(rankings)} rankings by simulated people"
+
+
+# What people do with the candidates of a session: quickstart.judging.
+JUDGING = {"compare": _compare, "rank": _rank}
 
 
 def candidates(

@@ -1,7 +1,8 @@
-"""The quickstart's people: simulated annotators who compare images the Pick-a-Pic way.
+"""The quickstart's people: simulated annotators who compare images, or rank them.
 
-A person sees two images for a prompt. The one they prefer stays, the other is replaced
-by the next candidate, until the candidates of the session are used up.
+`judge` is Pick-a-Pic's way: a person sees two images for a prompt, the one they prefer
+stays, the other is replaced by the next candidate, until the candidates of the session
+are used up. With `rank` they put all candidates of the session in order.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lpo_jax.data import sources
+from lpo_jax.data import list_files, sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,34 @@ def judge(
   return made
 
 
+def rank(
+  scores: np.ndarray, *, images_per_session: int, temperature: float, seed: int
+) -> list[list[int]]:
+  """Lets people rank whole sessions, with Plackett-Luce noise and without ties.
+
+  P(i is chosen among those left) = exp(s_i / temperature) / sum_k exp(s_k / temperature):
+  of any two images it says what `judge` says with the same temperature.
+
+  Args:
+    scores: [n] the taste of every image; sessions are consecutive runs of images.
+    images_per_session: candidates a person sees in one session.
+    temperature: of the noise, in units of the score.
+    seed: of the noise; each session has its own stream.
+
+  Returns:
+    Of each session the indices of its images, best first.
+
+  Reference: Plackett 1975; sorting by s / temperature + Gumbel noise samples it (Yellott
+  1977).
+  """
+  made = []
+  for session, start in enumerate(range(0, len(scores), images_per_session)):
+    seen = np.asarray(scores[start : start + images_per_session], np.float64)
+    noise = np.random.default_rng([seed, session]).gumbel(size=len(seen))
+    made.append((start + np.argsort(-(seen / temperature + noise))).tolist())
+  return made
+
+
 def encode_png(image: np.ndarray) -> bytes:
   """Returns [H, W, 3] uint8 as PNG bytes: lossless, and Pick-a-Pic has PNGs too."""
   from PIL import Image
@@ -87,6 +116,33 @@ def encode_png(image: np.ndarray) -> bytes:
   buffer = io.BytesIO()
   Image.fromarray(image).save(buffer, format="PNG")
   return buffer.getvalue()
+
+
+def write_rankings(
+  path: pathlib.Path,
+  rankings: Sequence[Sequence[int]],
+  images: np.ndarray,
+  prompts: Sequence[str],
+  *,
+  model: str,
+) -> None:
+  """Writes ranked lists, each session a row; the source `lists` reads them.
+
+  Args:
+    path: the parquet file, written atomically.
+    rankings: indices of each session's images, best first.
+    images: [n, H, W, 3] uint8.
+    prompts: [n] the prompt of each image.
+    model: the generator's name.
+  """
+  list_files.write(
+    path,
+    prompts=[prompts[ranking[0]] for ranking in rankings],
+    images=[[encode_png(images[i]) for i in ranking] for ranking in rankings],
+    image_uids=[[f"quickstart-{i:05d}" for i in ranking] for ranking in rankings],
+    ranks=[list(range(len(ranking))) for ranking in rankings],
+    models=[[model] * len(ranking) for ranking in rankings],
+  )
 
 
 def write_parquet(

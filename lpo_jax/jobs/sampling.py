@@ -30,6 +30,7 @@ def make_generator(
     steps=ev.steps,
     guidance_scale=ev.guidance_scale,
     eta=ev.eta,
+    sigmas=ev.sigmas,
     batch_size=ev.batch_size,
     dtype=jnp.dtype(config.model.dtype),
     clip_skip=config.model.clip_skip,

@@ -39,6 +39,12 @@ FREE_KEYS = (
   "select.",
   "generate.",
   "quickstart.publish",
+  # Of an ablation: each of its runs compares its own config.
+  "quickstart.betas",
+  "quickstart.seeds",
+  "quickstart.methods",
+  "quickstart.panels",
+  "quickstart.pace",
   "data.cache",
   "data.max_bad_images",
   "model.attention",

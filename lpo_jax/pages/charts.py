@@ -6,6 +6,7 @@ same bytes. Lengths are CSS pixels at full width; colours are the page's variabl
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import re
@@ -223,6 +224,78 @@ def interval_chart(
     longest = max((len(name) for name in names), default=0)
     _fit(figure, axes, left=7.5 * longest + 12, right=64)
     return _svg(figure, title or x_label)
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+  """A line with its interval, and the points it was made from.
+
+  Attributes:
+    x: [n] of the line.
+    y: [n] of the line.
+    low: [n] lower end of the interval; NaN where there is none.
+    high: [n] its upper end.
+    dots: (x, y) of single points.
+  """
+
+  x: Sequence[float]
+  y: Sequence[float]
+  low: Sequence[float]
+  high: Sequence[float]
+  dots: Sequence[tuple[float, float]] = ()
+
+
+def band_chart(
+  series: Mapping[str, Band],
+  *,
+  title: str,
+  x_label: str = "",
+  y_label: str = "",
+  hline: float | None = None,
+  colors: Mapping[str, int] | None = None,
+  size: tuple[int, int] = (500, 380),
+) -> Markup:
+  """Draws lines within their intervals over one another, each named at its end.
+
+  Args:
+    series: label -> line, interval and points.
+    title: what is shown.
+    x_label: name and unit of x.
+    y_label: name and unit of y.
+    hline: y of a dashed line to compare with.
+    colors: label -> number of the page's series colour; default: in order.
+    size: (width, height) at full width.
+
+  Returns:
+    An <svg> element.
+  """
+  dots = {label: np.asarray(band.dots).reshape(-1, 2) for label, band in series.items()}
+  reach = [
+    np.concatenate([band.x, dots[label][:, 0]]) for label, band in series.items()
+  ]
+  scale, power = _power_of_ten(reach)
+  with _style():
+    figure, axes = _figure(size, title, f"{power} {x_label}".strip(), y_label)
+    ends = []
+    for index, (label, band) in enumerate(series.items()):
+      color = _color(label, index, colors)
+      x = np.asarray(band.x) / scale
+      axes.fill_between(x, band.low, band.high, color=color, alpha=0.14, linewidth=0)
+      axes.plot(
+        dots[label][:, 0] / scale, dots[label][:, 1], "o", color=color, alpha=0.45,
+        markersize=4, markeredgewidth=0, zorder=2,
+      )  # fmt: skip
+      if len(x):
+        axes.plot(x, band.y, color=color, linewidth=2.0, zorder=3)
+        ends.append((band.y[-1], label, color))
+    if hline is not None:
+      axes.axhline(hline, color=_TICK, linewidth=1.0, dashes=(4, 4), zorder=1)
+    axes.margins(x=0.02, y=0.08)
+    axes.grid(axis="y")
+    _thin_ticks(axes.xaxis, 6)
+    _thin_ticks(axes.yaxis, 5)
+    _name_ends(figure, axes, ends)
+    return _svg(figure, title)
 
 
 def _style():

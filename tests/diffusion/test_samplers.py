@@ -1,6 +1,7 @@
 """Samplers against diffusers step by step, and against what is known of a Gaussian."""
 
 import functools
+import inspect
 import itertools
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lpo_jax.diffusion import samplers, schedule
+from lpo_jax.diffusion import samplers, schedule, scheduler_fields
 from lpo_jax.errors import UserError
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -217,6 +218,85 @@ def test_stochastic_samplers_are_diffusers_step_by_step(name, config):
       path_of(their_scheduler(name, config), steps, fresh),
       tolerance(name, config),
     )
+
+
+# To sigma = 0 the last step is of first order whatever these say.
+HARMLESS = {"lower_order_final": False, "euler_at_final": True}
+
+
+@pytest.mark.parametrize(("field", "value"), HARMLESS.items())
+def test_fields_that_change_nothing_where_the_last_sigma_is_zero(field, value):
+  pytest.importorskip("torch")
+  config = {**SD, **SHIPPED["sd15_sdxl"]}
+  scheduler_fields.refuse_others("dpmpp_2m", {**config, field: value})
+  for steps in (2, 7):
+    theirs = path_of(their_scheduler("dpmpp_2m", {**config, field: value}), steps)
+    assert_same_path(ours_by_step(config, steps, "dpmpp_2m"), theirs, 1e-4)
+
+
+REFUSED = [
+  ("dpmpp_2m", "solver_order", 3),
+  ("dpmpp_2m", "solver_order", 1),
+  ("dpmpp_2m", "solver_type", "heun"),
+  ("dpmpp_2m", "algorithm_type", "dpmsolver"),
+  ("dpmpp_2m", "final_sigmas_type", "sigma_min"),
+  ("dpmpp_2m", "use_exponential_sigmas", True),
+  ("dpmpp_2m", "use_lu_lambdas", True),
+  ("dpmpp_2m", "use_flow_sigmas", True),
+  ("dpmpp_2m", "lambda_min_clipped", -2.0),
+  ("euler", "final_sigmas_type", "sigma_min"),
+  ("euler", "use_exponential_sigmas", True),
+  ("euler", "use_beta_sigmas", True),
+  ("euler", "interpolation_type", "log_linear"),
+  ("euler", "timestep_type", "continuous"),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), REFUSED)
+def test_fields_that_would_draw_something_else_are_refused_by_name(name, field, value):
+  """And rightly: with this field alone changed, diffusers draws something else."""
+  pytest.importorskip("torch")
+  config = {**SD, "timestep_spacing": "linspace"}
+  if field == "timestep_type":  # of v prediction alone
+    config["prediction_type"] = "v_prediction"
+  with pytest.raises(UserError, match=f"has {field}={value!r}, which sampler '{name}'"):
+    scheduler_fields.refuse_others(name, {**config, field: value})
+  if field == "algorithm_type":
+    value = {"algorithm_type": value, "final_sigmas_type": "sigma_min"}
+  else:
+    value = {field: value}
+  scheduler = their_scheduler(name, config)
+  changed = type(scheduler).from_config(scheduler.config, **value)
+  before, after = (path_of(s, 7)[-1][1] for s in (scheduler, changed))
+  assert np.abs(before - after).max() > 1e-4 * np.abs(before).max()
+
+
+@pytest.mark.parametrize("name", [*THEIRS, "ddim"])
+def test_no_field_of_their_schedulers_is_ignored_unseen(name):
+  diffusers = pytest.importorskip("diffusers")
+  kind = getattr(diffusers, THEIRS.get(name, "DDIMScheduler"))
+  fields = set(inspect.signature(kind.__init__).parameters) - {"self"}
+  process = {
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"),
+    *("trained_betas", "prediction_type", "timestep_spacing", "steps_offset"),
+    *("rescale_betas_zero_snr", "set_alpha_to_one", "clip_sample", "thresholding"),
+  }
+  # These say how to do what is refused.
+  details = {
+    *("dynamic_thresholding_ratio", "sample_max_value", "clip_sample_range"),
+    *("flow_shift", "time_shift_type"),
+  }
+  seen = process | details | {"use_karras_sigmas", *HARMLESS}
+  assert fields <= seen | set(scheduler_fields.EXPECTED[name])
+
+
+def test_what_the_files_defaults_are_is_accepted():
+  for name in samplers.SAMPLERS:
+    scheduler_fields.refuse_others(name, {})
+    scheduler_fields.refuse_others(name, {"variance_type": None})
+  assert scheduler_fields.sigmas({"use_karras_sigmas": True}) == "karras"
+  assert scheduler_fields.sigmas({"use_karras_sigmas": False}) == "schedule"
+  assert scheduler_fields.sigmas({}) == "schedule"
 
 
 def gaussian_denoiser(tables, mean, deviation):

@@ -267,6 +267,20 @@ def test_line_chart_names_lines_and_scales_small_values():
   assert "var(--c0, #868b94)" in chart and "var(--c1," in chart
 
 
+def test_band_chart_scales_both_ends_of_a_frontier():
+  nothing = float("nan")
+  series = {
+    "a": charts.Band([0.0, 2e-5], [0.5, 0.9], [0.4, 0.8], [0.6, 1.0], [(3e-5, 0.7)]),
+    "<b>": charts.Band([0.0, 1e-5], [0.5, 0.6], [nothing] * 2, [nothing] * 2),
+  }
+  chart = charts.band_chart(series, title="Won", x_label="drift", y_label="wins")
+  texts = _texts(chart)
+  # The furthest dot sets the scale: 3 times 10^-5, and a tick at 3.
+  assert {"a", "<b>", "Won", "× 10⁻⁵ drift", "wins"} <= set(texts)
+  assert any(text in texts for text in ("3", "3.0")), texts
+  assert chart.count("fill-opacity: 0.14") == 1  # no band where there is no interval
+
+
 def test_chart_names_that_would_collide_are_pushed_apart():
   series = {name: ([0, 1], [0, 1]) for name in ("one", "two", "three")}
   chart = charts.line_chart(series, title="t")
@@ -295,5 +309,6 @@ def test_bar_and_interval_charts_show_their_values():
 
 def test_empty_charts_are_still_charts():
   assert "<svg" in charts.line_chart({}, title="t")
+  assert "<svg" in charts.band_chart({}, title="t")
   assert "<svg" in charts.bar_chart([], [], title="t")
   assert "<svg" in charts.interval_chart([])
