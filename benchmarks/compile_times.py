@@ -55,6 +55,22 @@ def read_config(name: str) -> dict:
   return json.loads((HERE / "architectures" / f"{name}_unet.json").read_text("utf-8"))
 
 
+def lowest_resolution(config: dict) -> dict:
+  """The network's lowest resolution alone: of SDXL 40 of its 70 transformer blocks."""
+  last = (
+    "block_out_channels",
+    "down_block_types",
+    "attention_head_dim",
+    "transformer_layers_per_block",
+  )
+  fields = {
+    **config,
+    **{key: config[key][-1:] for key in last if isinstance(config.get(key), list)},
+    "up_block_types": config["up_block_types"][:1],
+  }
+  return {**fields, "layers_per_block": 1}
+
+
 def make_mesh(target: str) -> jax.sharding.Mesh:
   """One CPU device, or all chips of a TPU topology with the parameters split."""
   if target == "cpu":
@@ -108,6 +124,10 @@ def trace(arguments: argparse.Namespace) -> jax.stages.Traced:
   """Traces the train step as the train job does."""
   mesh = make_mesh(arguments.target)
   config = read_config(arguments.model)
+  side = (arguments.resolution or MODELS[arguments.model]) // 8
+  if arguments.lowest:
+    side //= 2 ** (len(config["block_out_channels"]) - 1)
+    config = lowest_resolution(config)
   model = models.build(
     config,
     dtype=jnp.bfloat16,
@@ -128,7 +148,6 @@ def trace(arguments: argparse.Namespace) -> jax.stages.Traced:
   shapes = model.abstract_params
   shardings = parallel.param_shardings(shapes, mesh)
   adamw = optimizer.build("adamw", shapes, learning_rate=1e-5)
-  side = (arguments.resolution or MODELS[arguments.model]) // 8
   return step.trace_train_step(
     mesh,
     state.placement(mesh, shapes, adamw, with_ema=False, shardings=shardings),
@@ -170,7 +189,7 @@ def measure(arguments: argparse.Namespace) -> list[str]:
   images = arguments.images * make_mesh(arguments.target).size
   flops = count_flops(traced.jaxpr.jaxpr) / images
   return [
-    arguments.model,
+    arguments.model + (", lowest" if arguments.lowest else ""),
     arguments.target,
     str(arguments.images),
     arguments.remat,
@@ -211,6 +230,9 @@ def main() -> None:
   parser.add_argument("--images", type=int, default=2, help="of a device and update")
   parser.add_argument("--microbatch", type=int, default=0, help="of a device; 0: all")
   parser.add_argument("--resolution", type=int, help="in pixels, if not the model's")
+  parser.add_argument(
+    "--lowest", action="store_true", help="its lowest resolution and nothing else"
+  )
   parser.add_argument("--remat", default="blocks")
   parser.add_argument("--scan", default="stacks")
   parser.add_argument("--attention", default="xla")
