@@ -149,6 +149,7 @@ def smoke(tmp_path_factory, front_door):
   return workdir, outcome.text
 
 
+@pytest.mark.slow
 def test_it_runs_end_to_end(smoke):
   workdir, text = smoke
   assert "2 arms x 1 betas x 1 seeds = 2 runs, 2 of them to do" in text
@@ -171,6 +172,7 @@ def test_it_runs_end_to_end(smoke):
   assert first[1]["loss"] == pytest.approx(19.98721, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_report_has_charts_and_its_table_as_markdown(smoke):
   workdir, _ = smoke
   page = (workdir / "report.html").read_text("utf-8")
@@ -184,6 +186,7 @@ def test_the_report_has_charts_and_its_table_as_markdown(smoke):
   assert "With one seed nothing can be said" in table
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(smoke, front_door):
   workdir, _ = smoke
   files = [*workdir.glob("seed0/*/metrics.jsonl"), *workdir.glob("seed0/*/points.json")]
