@@ -31,8 +31,6 @@ KEPT = {
   "dots": _is_product,
 }
 REMAT = ("none", *KEPT, "full")
-
-
 SCAN = ("stacks", "none")
 
 
@@ -261,7 +259,6 @@ class Stack(nnx.Module):
 
   def _scan(self, kept: Callable[[Array], Any], x: Array, *args: Any) -> Any:
     graphdef, params = nnx.split(self.each)
-
     is_looped = self.settings.scan == "stacks"
 
     def body(x: Array, params: Any) -> tuple[Array, Any]:
