@@ -7,6 +7,19 @@ values. Keys that are not here are refused, with the nearest one that is.
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+# Sections whose keys are a function's options: the function refuses the unknown ones.
+OPEN_SECTIONS = (
+  "objective",
+  "noising",
+  "online",
+  "weighting",
+  "quickstart",
+  "data.mixture",
+  "train.optimizer_args",
+  "eval.candidates",
+  "inspect.limits",
+)
+
 
 def get_config() -> ml_collections.ConfigDict:
   """Returns a fresh, locked tree: Diffusion-DPO's released settings where it has any."""

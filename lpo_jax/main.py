@@ -38,19 +38,6 @@ JOBS = (
   "ablation",
 )
 
-# Sections whose keys are a function's options: the function refuses the unknown ones.
-OPEN_SECTIONS = (
-  "objective",
-  "noising",
-  "online",
-  "weighting",
-  "quickstart",
-  "data.mixture",
-  "train.optimizer_args",
-  "eval.candidates",
-  "inspect.limits",
-)
-
 
 def load_config(location: str) -> ml_collections.ConfigDict:
   """Runs `get_config` of a config file.
@@ -105,7 +92,7 @@ def check_keys(config: ml_collections.ConfigDict) -> None:
       name = f"{prefix}{key}"
       if key not in known:
         raise unknown_name("config key", name, [f"{prefix}{k}" for k in known])
-      section = name in OPEN_SECTIONS
+      section = name in common.OPEN_SECTIONS
       if isinstance(known[key], ml_collections.ConfigDict) and not section:
         compare(given[key], known[key], name + ".")
     missing = [f"{prefix}{key}" for key in known if key not in given]
@@ -129,13 +116,15 @@ def override(config: ml_collections.ConfigDict, name: str, text: str) -> None:
   Raises:
     UserError: no such key, or a value of another type.
   """
+  from lpo_jax.configs import common
+
   *parents, key = name.split(".")
   section, prefix = config, ""
   for part in [*parents, key]:
     path = prefix + part
     if not isinstance(section, ml_collections.ConfigDict):
       raise UserError(f"config key {prefix[:-1]} is a value, it has no key {part!r}.")
-    new_option = part == key and prefix[:-1] in OPEN_SECTIONS
+    new_option = part == key and prefix[:-1] in common.OPEN_SECTIONS
     if part not in section and not new_option:
       raise unknown_name("config key", path, [prefix + k for k in section])
     if part != key or path != name:

@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from lpo_jax import main, parallel, trees
 from lpo_jax.data import sources
-from lpo_jax.jobs import train
+from lpo_jax.jobs import blueprint
 from lpo_jax.training import checkpoint, report
 
 CONFIG = """
@@ -76,7 +76,7 @@ def checkpoints_of(arguments, workdir, step):
   """All arrays of a checkpoint by name, those of the online part among them."""
   config, *_ = main.parse(arguments)
   mesh = parallel.make_mesh()
-  plan = train.make_plan(config, mesh)
+  plan = blueprint.make_blueprint(config, mesh)
   saved = checkpoint.Checkpoints(workdir / "checkpoints", keep_last=50)
   state, meta = saved.restore(plan.like, step)
   metadata = saved._orbax.checkpointables_metadata(step).metadata["online"]
@@ -243,7 +243,7 @@ def test_choices_that_cannot_be_made(world, tmp_path, overrides, words):
 def test_the_configs_are_consistent(name):
   """Half of each update is generated, and the numbers go together."""
   config = main.load_config(f"configs/{name}.py")
-  assert train.slots_of_data(config) == config.train.images_per_update // 2
+  assert blueprint.slots_of_data(config) == config.train.images_per_update // 2
   assert config.noising.name == "trajectory" and config.objective.name == "dro"
   assert config.train.images_per_update % max(config.train.microbatch, 1) == 0
 

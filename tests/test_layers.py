@@ -18,8 +18,8 @@ LAYERS = {
   0: ("errors", "tables", "trees", "types", "parallel", "console"),
   1: ("diffusion", "objectives", "models"),
   2: ("pretrained", "generation", "data", "scoring", "pages"),
-  3: ("training",),
-  4: ("jobs", "configs"),
+  3: ("training", "configs"),
+  4: ("jobs",),
   5: ("main",),
 }
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}

@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from lpo_jax import main, parallel, pretrained, trees
-from lpo_jax.jobs import evaluate, train
+from lpo_jax.jobs import blueprint, evaluate
 from lpo_jax.models import lora
 from lpo_jax.pretrained import lora as lora_files
 from lpo_jax.training.report import read_metrics
@@ -21,7 +21,7 @@ def published(world, workdir):
   """What a run would publish of its factors, by name."""
   config, *_ = main.parse(world.arguments(workdir, *LORA))
   mesh = parallel.make_mesh()
-  plan, delta, step = train.restore_published(config, workdir, mesh)
+  plan, delta, step = blueprint.restore_published(config, workdir, mesh)
   return plan, parallel.fetch(delta), step
 
 
@@ -152,7 +152,7 @@ def test_factors_of_a_full_fine_tune(tiny_cache, tmp_path):
   model = pretrained.load(tiny_cache.pipeline, "unet")
   adapter = lora_files.load(tmp_path / "lora", model.model).adapter
   config, *_ = main.parse(tiny_cache.arguments(tmp_path, *settings))
-  tuned, _ = train.trained_params(config, tmp_path, parallel.make_mesh())
+  tuned, _ = blueprint.trained_params(config, tmp_path, parallel.make_mesh())
   near = trees.named_leaves(lora.merge(model.params, adapter.delta, adapter.layout))
   wanted, base = trees.named_leaves(tuned), trees.named_leaves(model.params)
   for name, share in kept["by_kernel"].items():

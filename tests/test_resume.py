@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from lpo_jax import main, parallel, trees
-from lpo_jax.jobs import train
+from lpo_jax.configs import common
+from lpo_jax.errors import UserError
+from lpo_jax.jobs import blueprint, run_identity
 from lpo_jax.training import checkpoint, report
 
 TOTAL = 4
@@ -21,7 +23,7 @@ def last_checkpoint(world, workdir):
   """All arrays of a run's newest checkpoint, by name, and where its data stood."""
   config, *_ = main.parse(world.arguments(workdir))
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
-  like = train.make_plan(config, parallel.make_mesh()).like
+  like = blueprint.make_blueprint(config, parallel.make_mesh()).like
   state, meta = checkpoints.restore(like)
   checkpoints.close()
   return trees.named_leaves(jax.device_get(state)), meta
@@ -147,3 +149,20 @@ def test_sigterm_saves_and_the_same_command_finishes(tiny_cache, tmp_path):
   rows = report.read_metrics(tmp_path / "metrics.jsonl")
   assert [row["step"] for row in rows] == list(range(1, 151))
   assert json.loads((tmp_path / "config.json").read_text())["train"]["ema"] == 0.9
+
+
+def test_a_run_from_before_a_key_was_there(tmp_path):
+  """Its config reads with the default of the key; options of a method are not added."""
+  config = common.get_config()
+  with config.unlocked():
+    config.objective = {"name": "sft"}
+  then = json.loads(config.to_json_best_effort())
+  del then["model"]["lora"], then["train"]["ema_schedule"], then["weighting"]
+  (tmp_path / "config.json").write_text(json.dumps(then))
+  found = run_identity.recorded(tmp_path)
+  assert found.model.lora.rank == 0 and found.train.ema_schedule == "constant"
+  assert found.objective.to_dict() == {"name": "sft"}
+  run_identity.refuse_other_run(config, tmp_path)
+  config.model.lora.rank = 4
+  with pytest.raises(UserError, match=r"model\.lora\.rank differ"):
+    run_identity.refuse_other_run(config, tmp_path)

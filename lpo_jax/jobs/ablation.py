@@ -22,7 +22,16 @@ from lpo_jax import console, parallel
 from lpo_jax.data import prompts as prompt_sets
 from lpo_jax.data.pipeline import Batches
 from lpo_jax.errors import UserError, unknown_name
-from lpo_jax.jobs import ablation_report, cache, evaluate, quickstart, sampling, train
+from lpo_jax.jobs import (
+  ablation_report,
+  blueprint,
+  cache,
+  evaluate,
+  quickstart,
+  run_identity,
+  sampling,
+  train,
+)
 from lpo_jax.jobs.quickstart_report import LEGIBILITY, TASTE
 from lpo_jax.objectives.lists import standing_metrics
 from lpo_jax.scoring import scorers, win_rate
@@ -75,8 +84,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Point]
   config.model.path = str(quickstart.base_folder(config))
   runs = plan(config, workdir)
   for one in runs:
-    train.check_settings(one.config)
-  train.remember_config(config, workdir)
+    blueprint.check_settings(one.config)
+  run_identity.remember_config(config, workdir)
   console.say(estimate(config, runs))
   stages = quickstart.Stages(workdir)
   for seed in config.quickstart.seeds:
@@ -187,7 +196,7 @@ class Meter:
 
   def measure(self, one: Run) -> list[Point]:
     """Returns the points of a run's checkpoints; those in points.json are not remade."""
-    steps = train.saved_steps(one.folder)
+    steps = blueprint.saved_steps(one.folder)
     file, settings = one.folder / "points.json", self._settings(steps)
     known = json.loads(file.read_text("utf-8")) if file.exists() else {}
     if known.get("settings") != settings:
@@ -252,8 +261,8 @@ def drift_meter(
   What training logs is of the weights in training, each run on its own lists; this is of
   the weights that are drawn with, for all runs on the same images, timesteps and noise.
   """
-  plan_of_run = train.make_plan(config, mesh)
-  method, opened = plan_of_run.method, cache.open_for(config, workdir)
+  run_blueprint = blueprint.make_blueprint(config, mesh)
+  method, opened = run_blueprint.method, cache.open_for(config, workdir)
   batches = Batches(
     opened,
     images_per_update=DRIFT_UPDATES * config.train.images_per_update,

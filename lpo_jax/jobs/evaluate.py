@@ -18,8 +18,7 @@ from lpo_jax import console, parallel, pretrained
 from lpo_jax.data import prompts as prompt_sets
 from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.generation import Generator
-from lpo_jax.jobs import adapters, sampling
-from lpo_jax.jobs import train as train_job
+from lpo_jax.jobs import adapters, blueprint, run_identity, sampling
 from lpo_jax.pretrained import lora as lora_files
 from lpo_jax.scoring import scorers, win_rate
 
@@ -127,11 +126,8 @@ def candidate_params(
   step = int(wanted) if at and wanted.isdigit() else None
   folder = pathlib.Path(location if step is None else folder)
   if (folder / "checkpoints").is_dir():
-    file = folder / "config.json"
-    if not file.is_file():
-      raise UserError(f"{folder} has checkpoints but no config.json; is it a run?")
-    own = ml_collections.ConfigDict(json.loads(file.read_text("utf-8")))
-    params, step = train_job.trained_params(own, folder, mesh, step)
+    own = run_identity.recorded(folder)
+    params, step = blueprint.trained_params(own, folder, mesh, step)
     return params, f"{folder.resolve()}@{step}"
   networks = (folder / "config.json", folder / "unet" / "config.json")
   if not any(file.is_file() for file in networks) and lora_files.find(folder):

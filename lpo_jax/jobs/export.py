@@ -16,8 +16,7 @@ import numpy as np
 
 from lpo_jax import console, parallel, pretrained, trees
 from lpo_jax.errors import UserError, unknown_name
-from lpo_jax.jobs import adapters
-from lpo_jax.jobs import train as train_job
+from lpo_jax.jobs import adapters, blueprint
 from lpo_jax.models import lora
 from lpo_jax.pretrained import lora as lora_files
 
@@ -57,7 +56,7 @@ def _clear(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.
 def _trained(
   config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh
 ) -> tuple[pretrained.Part, int]:
-  params, step = train_job.trained_params(config, workdir, mesh)
+  params, step = blueprint.trained_params(config, workdir, mesh)
   base = pretrained.load(config.model.path, "unet")
   return dataclasses.replace(base, params=params), step
 
@@ -92,7 +91,7 @@ def export_lora(
   config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
   """Writes the trained factors, or those nearest to what a full fine-tune changed."""
-  plan, trainable, step = train_job.restore_published(config, workdir, mesh)
+  plan, trainable, step = blueprint.restore_published(config, workdir, mesh)
   base = pretrained.load(config.model.path, "unet")
   target = pathlib.Path(config.export.path or workdir / "lora")
   if plan.tuning.layout:

@@ -20,6 +20,7 @@ import numpy as np
 from lpo_jax import console, parallel
 from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.jobs import (
+  blueprint,
   cache,
   evaluate,
   export,
@@ -27,6 +28,7 @@ from lpo_jax.jobs import (
   quickstart_base,
   quickstart_people,
   quickstart_report,
+  run_identity,
   sampling,
   select,
   train,
@@ -57,8 +59,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   for method in world.methods:
     own = method_config(config, workdir, method)
     own.model.path = str(base)
-    train.check_settings(own)
-  train.remember_config(config, workdir)
+    blueprint.check_settings(own)
+  run_identity.remember_config(config, workdir)
   config.model.path = str(base)
   stages = Stages(workdir)
 
@@ -241,7 +243,7 @@ def candidates(
   if len(runs) == 2:
     drifts = {name: drift_curve(workdir / name) for name in runs}
     slow, fast = sorted(drifts, key=lambda name: drifts[name][-1])
-    saved = train.saved_steps(workdir / fast)
+    saved = blueprint.saved_steps(workdir / fast)
     step = min(saved, key=lambda s: abs(drifts[fast][s - 1] - drifts[slow][-1]))
     if step != max(saved):
       named[f"{fast}, drift of {slow}"] = f"{workdir / fast}@{step}"
