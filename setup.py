@@ -49,7 +49,10 @@ EXTRAS = {
   "quickstart": ["scikit-learn>=1.5"],
   "beam": [BEAM],
   # torch and diffusers' models are peers to compare with, never needed to run.
-  "test": ["pytest>=8", "scikit-learn>=1.5", "ruff>=0.14", "torch==2.13.0", PEFT, BEAM],
+  "test": [
+    *("pytest>=8", "pytest-xdist>=3.8", "scikit-learn>=1.5", "ruff>=0.14"),
+    *("torch==2.13.0", PEFT, BEAM),
+  ],
 }
 
 setuptools.setup(

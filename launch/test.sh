@@ -10,4 +10,6 @@ make_environment "$here[test]"
 cd "$here"
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
-exec "$VENV/bin/python" -m pytest "$@"
+# Tests mostly trace and compile, on one core each. Files stay whole: they share compiles.
+cores=$(getconf _NPROCESSORS_ONLN)
+exec "$VENV/bin/python" -m pytest -n $((cores < 4 ? cores : 4)) --dist loadfile "$@"
