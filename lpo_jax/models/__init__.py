@@ -22,6 +22,7 @@ CLASSES: dict[str, str] = {
   "CLIPVisionModel": "clip_vision",
   "CLIPVisionModelWithProjection": "clip_vision",
   "CLIPModel": "clip_pair",
+  "ImageReward": "blip",
 }
 
 
@@ -66,7 +67,8 @@ def build(
 
   Returns:
     A UNet with `.apply`, an autoencoder with `.encode` and `.decode`, one tower of CLIP
-    with `.apply`, or both with `.embed_texts` and `.embed_images`.
+    with `.apply`, both with `.embed_texts` and `.embed_images`, or ImageReward with
+    `.apply`.
 
   Raises:
     UserError: an unknown class, attention or remat, or a config field that is not

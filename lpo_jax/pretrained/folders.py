@@ -186,15 +186,37 @@ def load(
   """
   with _open(folder, name, variant) as (config, weights):
     model = models.build(config, dtype=compute_dtype, attention=attention, remat=remat)
-    _check(weights, model, f"{name} in {str(folder)!r}")
-    place = _placement(sharding)
-    params = trees.map_named(
-      lambda name, leaf: _read(
-        weights, name, leaf.shape, dtype, place(name, leaf.shape)
-      ),
-      model.abstract_params,
-    )
+    where = f"{name} in {str(folder)!r}"
+    params = read_params(weights, model, where, dtype=dtype, sharding=sharding)
   return Part(name, config, params, model)
+
+
+def read_params(
+  weights: tensors.Weights,
+  model: models.Model,
+  where: str,
+  *,
+  dtype: Any = jnp.float32,
+  sharding: Placement = None,
+) -> Params:
+  """Reads a model's parameters out of weights by today's names.
+
+  Args:
+    weights: exactly those of the model.
+    model: whose structure is filled.
+    where: what the weights are, for the error.
+    dtype: see `load`.
+    sharding: see `load`.
+
+  Raises:
+    UserError: a tensor that is missing, unexpected or of another shape, by name.
+  """
+  _check(weights, model, where)
+  place = _placement(sharding)
+  return trees.map_named(
+    lambda name, leaf: _read(weights, name, leaf.shape, dtype, place(name, leaf.shape)),
+    model.abstract_params,
+  )
 
 
 def _placement(sharding: Placement) -> Callable[[str, tuple[int, ...]], Any]:
@@ -351,7 +373,9 @@ def save_pipeline(
   parallel.barrier("saved pipeline")
 
 
-def fingerprint(folder: Path, name: str, *, variant: str | None = None) -> str:
+def fingerprint(
+  folder: Path, name: str, *, variant: str | None = None, sampled: bool = False
+) -> str:
   """Identifies a network by its config and its tensors.
 
   Not by its files: sharding them differently or saving them again changes nothing.
@@ -360,6 +384,8 @@ def fingerprint(folder: Path, name: str, *, variant: str | None = None) -> str:
     folder: a pipeline folder, or the network's own.
     name: "vae", "text_encoder" ...
     variant: which weights where there are several.
+    sampled: read only the first row of every tensor: enough to tell one training from
+      another, and no wait where the network has gigabytes.
 
   Returns:
     16 hex digits of a SHA-256.
@@ -370,8 +396,10 @@ def fingerprint(folder: Path, name: str, *, variant: str | None = None) -> str:
     fields["class"] = models.class_name(config)
     digest.update(json.dumps(fields, sort_keys=True).encode())
     for tensor in weights.names():
-      array = weights.array(tensor)
-      digest.update(f"{tensor} {array.dtype.name} {array.shape}".encode())
+      shape = weights.shape(tensor)
+      whole = not (sampled and shape)
+      array = weights.array(tensor) if whole else weights.slices(tensor)[:1]
+      digest.update(f"{tensor} {array.dtype.name} {shape}".encode())
       digest.update(np.ascontiguousarray(array).view(np.uint8).data)
   return digest.hexdigest()[:16]
 

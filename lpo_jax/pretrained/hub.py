@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from lpo_jax.errors import UserError
 from lpo_jax.pretrained import files
@@ -65,14 +66,14 @@ def local_folder(
     )
   repository, revision = match[1], match[2] or "main"
   parts = None if parts is None else tuple(parts)
-  cached = _cached(repository, revision)
+  cached = find_cached(repository, revision)
   if cached is not None and _is_complete(cached, parts, variant):
     return cached
   return _fetch(str(path), repository, revision, parts, variant)
 
 
-def _cached(repository: str, revision: str) -> pathlib.Path | None:
-  """Finds the snapshot of a revision in huggingface_hub's cache."""
+def find_cached(repository: str, revision: str) -> pathlib.Path | None:
+  """Finds the snapshot of a revision in huggingface_hub's cache; None if not there."""
   from huggingface_hub import constants
 
   folder = f"models--{repository.replace('/', '--')}"
@@ -128,7 +129,6 @@ def _fetch(
 ) -> pathlib.Path:
   """Downloads what is wanted and not in the cache."""
   import huggingface_hub
-  from huggingface_hub import errors
 
   def download(wanted: list[str]) -> pathlib.Path:
     return pathlib.Path(
@@ -137,7 +137,7 @@ def _fetch(
       )
     )
 
-  try:
+  with _in_our_words(path, repository, revision):
     # Asks once; listing the tree instead takes half a minute to find out that nobody is
     # there.
     about = huggingface_hub.HfApi().model_info(repository, revision=revision)
@@ -145,6 +145,63 @@ def _fetch(
     if parts is None and INDEX in names:
       parts = tuple(_components(download([INDEX])) or ())
     return download(wanted_files(names, parts or (), variant, path))
+
+
+def folder_with(
+  path: str | os.PathLike, alternatives: Sequence[str], also: Sequence[str] = ()
+) -> pathlib.Path:
+  """Returns a folder that holds one of several files, fetched from the Hub if need be.
+
+  Args:
+    path: a folder, or "owner/name" or "owner/name@revision" on the Hub.
+    alternatives: names of files, the first one that is there is fetched.
+    also: patterns of small files that are fetched with it, where there are such.
+
+  Returns:
+    A folder on this machine; it may hold more.
+
+  Raises:
+    UserError: none of the files is there; or see `local_folder`.
+  """
+  looked = f"looked for {' or '.join(alternatives)} in {str(path)!r}"
+  folder = pathlib.Path(path)
+  if folder.is_dir():
+    if not any((folder / name).is_file() for name in alternatives):
+      inside = sorted(file.name for file in folder.iterdir())
+      held = ", ".join(inside[:12]) or "nothing"
+      raise UserError(f"{looked}, which holds: {held}.")
+    return folder
+  match = ID.fullmatch(os.fspath(path))
+  if folder.exists() or match is None:
+    raise UserError(
+      f"{looked}, which is no folder here (looked in {os.getcwd()}) and no id on the "
+      "Hub. Give the folder, or an id such as 'owner/name@revision'."
+    )
+  repository, revision = match[1], match[2] or "main"
+  cached = find_cached(repository, revision)
+  if cached is not None and any((cached / name).is_file() for name in alternatives):
+    return cached
+  import huggingface_hub
+
+  with _in_our_words(str(path), repository, revision):
+    about = huggingface_hub.HfApi().model_info(repository, revision=revision)
+    names = {file.rfilename for file in about.siblings or ()}
+    chosen = next((name for name in alternatives if name in names), None)
+    if chosen is None:
+      raise UserError(f"{looked} on the Hub; none is there.")
+    fetched = huggingface_hub.snapshot_download(
+      repository, revision=revision, allow_patterns=[chosen, *also]
+    )
+  return pathlib.Path(fetched)
+
+
+@contextlib.contextmanager
+def _in_our_words(path: str, repository: str, revision: str) -> Iterator[None]:
+  """Turns what the Hub refuses into words for the person who gave `path`."""
+  from huggingface_hub import errors
+
+  try:
+    yield
   except errors.GatedRepoError:
     raise UserError(
       f"{repository!r} is gated on the Hub: accept its licence at "

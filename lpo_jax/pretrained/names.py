@@ -16,6 +16,8 @@ SUFFIXES = {
   "embedding": "weight",
   "bias": "bias",
   "class_embedding": "class_embedding",
+  "cls_token": "cls_token",
+  "pos_embed": "pos_embed",
   "logit_scale": "logit_scale",
 }
 
