@@ -1,4 +1,5 @@
 # Sourced by the launchers: makes a virtual environment with lpo_jax in it, once.
+# shellcheck shell=bash
 
 VENV=${VENV:-$here/.venv}
 

@@ -8,7 +8,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$here/launch/environment.sh"
-make_environment "$here[quickstart]"
+make_environment "${here}[quickstart]"
 
 workdir=runs/quickstart
 arguments=()

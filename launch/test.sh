@@ -6,7 +6,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$here/launch/environment.sh"
 # The peers to compare with come first: a CPU build of torch where one is to be had.
-make_environment "$here[test]"
+make_environment "${here}[test]"
 cd "$here"
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
