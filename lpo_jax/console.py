@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from typing import Any
@@ -11,13 +12,32 @@ LOG_EVERY_S = 10.0
 
 log = logging.getLogger("lpo_jax")
 
+# Characters that have no place in text shown to a person: controls (but tab and line
+# feed), bidirectional overrides that reorder what follows, lone surrogates.
+_UNPRINTABLE = re.compile(
+  "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+  """Returns `text` with each control character shown as U+FFFD.
+
+  >>> printable("a\\x00b")
+  'a\ufffdb'
+  """
+  return _UNPRINTABLE.sub("\ufffd", text)
+
 
 def say(message: str) -> None:
-  """Prints one line for the person who started the run (main process only)."""
+  """Prints one line for the person who started the run (main process only).
+
+  What strangers wrote (a prompt, a file's name) cannot steer the terminal: control
+  characters are shown, not sent.
+  """
   import jax
 
   if jax.process_index() == 0:
-    print(message, flush=True)
+    print(printable(message), flush=True)
 
 
 def warn(message: str) -> None:
@@ -69,7 +89,7 @@ class Progress:
     for name, value in values.items():
       shown = f"{value:.4g}" if isinstance(value, float) else str(value)
       parts.append(f"{name} {shown}")
-    return "  ·  ".join(parts)
+    return printable("  ·  ".join(parts))
 
   def update(self, done: int, **values: Any) -> None:
     """Says that `done` of the total are finished; prints when it is time to."""

@@ -113,3 +113,12 @@ def test_a_pause_counts_for_neither_speed_nor_duration(time):
   time.now += 6
   progress.update(4)
   assert progress.line() == "training  4/4 steps  ·  done in 0:08"
+
+
+def test_control_characters_are_shown_and_not_sent(time, capsys, monkeypatch):
+  console.say("a\x1b[2J\x07b\u202ec\td\ne")
+  progress = console.Progress("drawing \x1b]0;x\x07", 1, "images")
+  progress.update(1, note="\x08")
+  shown = capsys.readouterr().out
+  assert shown.startswith("a\ufffd[2J\ufffdb\ufffdc\td\ne\n")
+  assert "drawing \ufffd]0;x\ufffd  1/1 images" in shown and "\x08" not in shown

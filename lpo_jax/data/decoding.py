@@ -78,13 +78,7 @@ def prepare(
     BadImage: the bytes are no image, are cut short, have pixels without a known range,
       or are larger than `max_pixels`; that is seen in the header, before any decoding.
   """
-  try:
-    pixels = _decode(data, max_pixels)
-  except BadImage:
-    raise
-  except Exception as error:  # decoders raise anything from SyntaxError to struct.error
-    said = _ADDRESS.sub("", f"{type(error).__name__}: {error}")
-    raise BadImage(f"cannot be decoded: {said}") from error
+  pixels = decode(data, max_pixels=max_pixels)
   height, width = pixels.shape[:2]
   if (height, width) == (resolution, resolution):
     return PreparedImage(pixels, (height, width), (0, 0))
@@ -93,6 +87,24 @@ def prepare(
     raise BadImage(f"{width} x {height} pixels is too long and thin to be resized")
   resized, crop = _resize_and_crop(pixels, resolution)
   return PreparedImage(resized, (height, width), crop)
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+  """Decodes and converts to RGB, as `prepare` does, at the picture's own size.
+
+  Returns:
+    [height, width, 3] uint8.
+
+  Raises:
+    BadImage: see `prepare`.
+  """
+  try:
+    return _decode(data, max_pixels)
+  except BadImage:
+    raise
+  except Exception as error:  # decoders raise anything from SyntaxError to struct.error
+    said = _ADDRESS.sub("", f"{type(error).__name__}: {error}")
+    raise BadImage(f"cannot be decoded: {said}") from error
 
 
 def _decode(data: bytes, max_pixels: int) -> np.ndarray:

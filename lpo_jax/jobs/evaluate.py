@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
 import pathlib
-import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
-from lpo_jax import console, parallel, pretrained
+from lpo_jax import console, parallel
+from lpo_jax.data import image_folders
 from lpo_jax.data import prompts as prompt_sets
+from lpo_jax.data.image_folders import Case, Matched
 from lpo_jax.errors import UserError, unknown_name
-from lpo_jax.generation import Generator
-from lpo_jax.jobs import adapters, blueprint, run_identity, sampling
-from lpo_jax.pretrained import lora as lora_files
-from lpo_jax.scoring import scorers, win_rate
+from lpo_jax.jobs import candidates as candidate_kinds
+from lpo_jax.jobs import drawing, evaluation_files, sampling
+from lpo_jax.jobs.drawing import ImageFiles
+from lpo_jax.jobs.stops import StopRequests
+from lpo_jax.scoring import protocols, scorers, typeset, win_rate
+from lpo_jax.scoring.scorer import Scorer
 
 # What decides the pixels besides the weights; a change draws everything again.
 DRAWING_KEYS = (
   *("sampler", "steps", "guidance_scale", "eta", "sigmas", "seeds", "first_seed"),
 )
+MISSING = ("refuse", "leave_out")  # what to do about images that a folder lacks
+SCORED_AT_ONCE = 64
+# What a scorer is told of an image besides its pixels and prompt: the keyword of its call,
+# and (candidate, case, file) -> one image's.
+INPUTS: dict[str, Callable[[str, Case, pathlib.Path], Any]] = {
+  "seeds": lambda name, case, file: case.seed,
+  "names": lambda name, case, file: f"{name}/{file.name}",
+}
+
+Scores = Mapping[str, Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +49,15 @@ class Evaluation:
   Attributes:
     prompts: [n] texts.
     seeds: [n] ints.
-    images: candidate -> [n, H, W, 3] uint8.
+    images: candidate -> n images, read when asked for.
     scores: candidate -> scorer -> [n].
     rows: of summary.json.
   """
 
   prompts: list[str]
   seeds: list[int]
-  images: Mapping[str, np.ndarray]
-  scores: Mapping[str, Mapping[str, np.ndarray]]
+  images: Mapping[str, ImageFiles]
+  scores: Scores
   rows: list[dict[str, Any]]
 
 
@@ -53,48 +67,235 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Evaluation:
   Args:
     config: `eval` and `model` are read. Without candidates: the base model against
       this workdir's own run.
-    workdir: gets evaluation/<candidate>/*.png, per_image.parquet, summary.json and
-      summary.md.
+    workdir: gets evaluation/<candidate>/*.png, summary.json, and what
+      `evaluation_files.write` writes.
 
   Raises:
     UserError: unknown scorer, sampler or candidate, no prompts, nothing to compare.
+    StoppedEarly: a signal or a STOP file while drawing; what is drawn stays.
   """
   workdir, ev = pathlib.Path(workdir), config.eval
-  judges = [scorers.get(name) for name in ev.scorers]
-  if not judges:
+  names = check(config, workdir)
+  mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+  judges = scorers.chosen(ev.scorers, ev.scorer_paths, mesh=mesh)
+  descriptions = {judge.name: judge.description() for judge in judges}
+  found = prompt_sets.load(ev.prompts, sha256=ev.prompts_sha256)
+  report_prompts(found)
+  every_case = make_cases(found, ev.seeds, ev.first_seed)
+  cases, folders = match_folders(names, every_case, ev.missing)
+
+  images, weights = obtain(config, workdir, names, folders, every_case, cases, mesh)
+  scores = score(judges, images, cases)
+  pairs = comparisons(list(names), ev.baseline)
+  lower = {name for name, said in descriptions.items() if not said["higher_is_better"]}
+  rows = compare(config, scores, pairs, cases, lower)
+  rows = [stamp(row, config, found.source, descriptions, weights) for row in rows]
+  if parallel.is_main_process():
+    evaluation_files.write(
+      workdir,
+      config,
+      evaluation_files.Results(
+        prompts=found,
+        cases=cases,
+        left_out=len(every_case) - len(cases),
+        locations=names,
+        weights=weights,
+        folders=folders,
+        images=images,
+        scores=scores,
+        scorers=descriptions,
+        lower_is_better=lower,
+        rows=rows,
+        by_category=compare_categories(config, scores, cases, lower),
+      ),
+    )
+    console.say(typeset.markdown_table(rows, typeset.brief(rows)))
+  prompts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
+  return Evaluation(prompts, seeds, images, scores, rows)
+
+
+def check(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, str]:
+  """Refuses what can be known to be wrong before anything is loaded.
+
+  Returns:
+    candidate -> location, the baseline first.
+
+  Raises:
+    UserError: see `run`.
+  """
+  ev = config.eval
+  if not ev.scorers:
     raise UserError(
       f"eval.scorers is empty: expected some of {', '.join(scorers.SCORERS)}."
     )
-  candidates = dict(ev.candidates) or {
-    "base": config.model.path,
-    config.objective.name: str(workdir),
-  }
-  if ev.baseline not in candidates:
-    raise unknown_name("eval.baseline", ev.baseline, candidates)
+  for name in ev.protocols:
+    protocols.get(name)
+  if not ev.protocols:
+    raise UserError(
+      f"eval.protocols is empty: expected some of {', '.join(protocols.PROTOCOLS)}."
+    )
+  for key, value, known in (
+    ("correction", ev.correction, win_rate.CORRECTIONS),
+    ("missing", ev.missing, MISSING),
+    ("median_by", ev.median_by or ev.scorers[0], ev.scorers),
+  ):
+    if value not in known:
+      raise unknown_name(f"eval.{key}", value, known)
+  if ev.seeds < 1 or ev.first_seed < 0:
+    raise UserError(
+      f"eval.seeds={ev.seeds}, eval.first_seed={ev.first_seed}: expected at least 1 image "
+      "per prompt, and a seed from 0 on."
+    )
   if not ev.prompts:
     raise UserError(
-      "eval.prompts is empty: expected a prompt file or a tuple of texts."
+      "eval.prompts is empty: expected a prompt file, a published set's name or a tuple of "
+      "texts."
     )
-  texts = prompt_sets.read(ev.prompts)
-  prompts = [text for text in texts for _ in range(ev.seeds)]
-  seeds = [ev.first_seed + s for _ in texts for s in range(ev.seeds)]
+  given = {name: str(location) for name, location in ev.candidates.items()}
+  given = given or {"base": config.model.path, config.objective.name: str(workdir)}
+  candidate_kinds.check(given, ev.baseline, config.model.path)
+  return {ev.baseline: given[ev.baseline]} | given
 
-  mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
-  generator = sampling.make_generator(config, mesh)
-  images = {}
-  for name, location in candidates.items():
-    folder = workdir / "evaluation" / name
-    images[name] = draw(config, generator, mesh, name, location, folder, prompts, seeds)
-  scores = {
-    name: {judge.name: judge(drawn, prompts) for judge in judges}
-    for name, drawn in images.items()
+
+def report_prompts(found: prompt_sets.PromptSet) -> None:
+  """Says how many prompts there are, and what is odd about them."""
+  odd = {
+    "blank (left out)": found.blank,
+    "repeated (the later ones get other seeds)": found.repeated,
+    "with control characters": found.controls,
+    "with half characters (mended)": found.surrogates,
   }
-  rows = win_rate.rows(scores, comparisons(list(candidates), ev.baseline), prompts,
-                       seeds=seeds)  # fmt: skip
-  if parallel.is_main_process():
-    write_results(workdir, prompts, seeds, scores, rows)
-    console.say(win_rate.markdown_table(rows))
-  return Evaluation(prompts, seeds, images, scores, rows)
+  said = [f"{count} {what}" for what, count in odd.items() if count]
+  console.say(f"prompts: {', '.join([str(len(found.texts)), *said])}")
+  if found.source != "given" and not found.pinned:
+    console.say(
+      f"prompt set {found.source}: no hash to compare with; what came is {found.sha256} "
+      "(repeat it with eval.prompts_sha256)"
+    )
+
+
+def make_cases(found: prompt_sets.PromptSet, seeds: int, first_seed: int) -> list[Case]:
+  """Every prompt with its seeds; a prompt that comes again gets the next ones.
+
+  The initial noise is a function of prompt and seed: the same seeds would give the same
+  images again.
+  """
+  cases, before = [], collections.Counter()
+  for row, text in enumerate(found.texts):
+    start = first_seed + seeds * before[text]
+    before[text] += 1
+    category = found.categories[row] if found.categories else ""
+    cases += [
+      Case(row * seeds + s, row, text, start + s, category) for s in range(seeds)
+    ]
+  return cases
+
+
+def match_folders(
+  names: Mapping[str, str], cases: Sequence[Case], missing: str
+) -> tuple[list[Case], dict[str, Matched]]:
+  """Finds the images of candidates that are folders of images.
+
+  Returns:
+    The cases that all of them have, and what each folder has.
+
+  Raises:
+    UserError: images are missing or cannot be read, and `missing` is "refuse"; or there
+      is no case that all have.
+  """
+  folders, lacking = {}, set()
+  for name, location in names.items():
+    if candidate_kinds.kind(location) != "images":
+      continue
+    folder = pathlib.Path(location)
+    matched = folders[name] = image_folders.match(folder, cases)
+    if missing == "refuse":
+      image_folders.refuse(name, folder, matched, len(cases))
+    if matched.lacking():
+      console.warn(
+        f"{name}: {len(matched.missing)} images are missing and "
+        f"{len(matched.unreadable)} cannot be read; these pairs are left out for all "
+        "candidates"
+      )
+    lacking |= matched.lacking()
+  kept = [case for case in cases if case.index not in lacking]
+  if not kept:
+    raise UserError(
+      "no prompt and seed is left that every candidate has an image of. Images are found "
+      "by number (00000.png is the first seed of the first prompt) or by index.jsonl."
+    )
+  return kept, folders
+
+
+def obtain(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  names: Mapping[str, str],
+  folders: Mapping[str, Matched],
+  every_case: Sequence[Case],
+  cases: Sequence[Case],
+  mesh: Any,
+) -> tuple[dict[str, ImageFiles], dict[str, str]]:
+  """Draws or finds every candidate's images.
+
+  Returns:
+    candidate -> images of `cases`, and candidate -> words that identify its weights.
+  """
+  pairs = json.dumps([[case.prompt, case.seed] for case in every_case])
+  settings = {key: config.eval[key] for key in DRAWING_KEYS}
+  settings["prompts"] = hashlib.sha256(pairs.encode()).hexdigest()[:16]
+  images, weights, generator = {}, {}, None
+  with StopRequests(workdir, max_minutes=0, began=time.monotonic()) as stop:
+    for name, location in names.items():
+      if name in folders:
+        images[name] = ImageFiles([folders[name].paths[case.index] for case in cases])
+        weights[name] = f"images in {location}"
+        continue
+      if generator is None:
+        generator = sampling.make_generator(config, mesh)
+        settings["pipeline"] = sampling.pipeline_identity(config)
+      params, weights[name] = candidate_kinds.load_params(
+        location, mesh, config.model.path
+      )
+      candidate_kinds.refuse_other_architecture(
+        params, generator.unet.abstract_params, location
+      )
+      folder = workdir / "evaluation" / candidate_kinds.folder_name(name)
+      drawn = drawing.draw(
+        generator, params, folder, cases, label=name, stop=stop,
+        settings=settings | {"weights": weights[name]},
+      )  # fmt: skip
+      images[name] = drawn
+      del params  # before the next candidate's
+  return images, weights
+
+
+def score(
+  judges: Sequence[Scorer], images: Mapping[str, ImageFiles], cases: Sequence[Case]
+) -> dict[str, dict[str, np.ndarray]]:
+  """Scores every image by every scorer, a batch of files at a time.
+
+  One scorer after the other, so that only one's weights are in memory.
+
+  Returns:
+    candidate -> scorer -> [n] fp64.
+  """
+  scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in images}
+  total = len(judges) * len(images) * len(cases)
+  progress, done = console.Progress("scoring", total, "images"), 0
+  for judge in judges:
+    for name, files in images.items():
+      values = scores[name][judge.name] = np.full(len(cases), np.nan)
+      for places, pixels in files.batches(SCORED_AT_ONCE):
+        inputs = {
+          key: [of(name, cases[i], files.paths[i]) for i in places]
+          for key, of in INPUTS.items()
+        }
+        values[places] = judge(pixels, [cases[i].prompt for i in places], **inputs)
+        done += len(places)
+        progress.update(done)
+    judge.release()
+  return scores
 
 
 def comparisons(names: Sequence[str], baseline: str) -> list[tuple[str, str]]:
@@ -108,124 +309,79 @@ def comparisons(names: Sequence[str], baseline: str) -> list[tuple[str, str]]:
   return [(name, baseline) for name in others] + head_to_head
 
 
-def candidate_params(
-  location: str, mesh: jax.sharding.Mesh, base_folder: str = ""
-) -> tuple[Any, str]:
-  """Loads a candidate's UNet: a run's workdir, a diffusers folder, or a LoRA file.
-
-  Args:
-    location: a folder or file; of a run, `folder@STEP` picks a checkpoint, else the
-      latest.
-    mesh: where to put the parameters.
-    base_folder: the pipeline that a LoRA file is added to.
-
-  Returns:
-    The parameters as global arrays, and words that identify them.
-  """
-  folder, at, wanted = location.rpartition("@")
-  step = int(wanted) if at and wanted.isdigit() else None
-  folder = pathlib.Path(location if step is None else folder)
-  if (folder / "checkpoints").is_dir():
-    own = run_identity.recorded(folder)
-    params, step = blueprint.trained_params(own, folder, mesh, step)
-    return params, f"{folder.resolve()}@{step}"
-  networks = (folder / "config.json", folder / "unet" / "config.json")
-  if not any(file.is_file() for file in networks) and lora_files.find(folder):
-    return adapters.merged(folder, base_folder, mesh)
-  part = pretrained.load(location, "unet")
-  shardings = parallel.param_shardings(part.params, mesh)
-  identity = pretrained.fingerprint(location, "unet")
-  return parallel.put(part.params, shardings), identity
+def compare(
+  config: ml_collections.ConfigDict,
+  scores: Scores,
+  pairs: Sequence[tuple[str, str]],
+  cases: Sequence[Case],
+  lower_is_better: set[str],
+) -> list[dict[str, Any]]:
+  """All comparisons under all protocols, their sign tests corrected as one family."""
+  ev, rows = config.eval, []
+  numbers = [case.row for case in cases]
+  texts = {case.row: case.prompt for case in cases}
+  for name in ev.protocols:
+    chosen = protocols.get(name)(scores, numbers, ev.median_by)
+    seeds = None
+    if chosen.image is not None:
+      seeds = [cases[i].seed for i in chosen.image]
+    made = win_rate.rows(
+      chosen.scores,
+      pairs,
+      [texts[number] for number in chosen.prompt],
+      seeds=seeds,
+      lower_is_better=lower_is_better,
+    )
+    rows += [{**row, "protocol": name} for row in made]
+  return win_rate.correct(rows, ev.correction)
 
 
-def draw(
-  config: Any,
-  generator: Generator,
-  mesh: jax.sharding.Mesh,
-  name: str,
-  location: str,
-  folder: pathlib.Path,
-  prompts: Sequence[str],
-  seeds: Sequence[int],
-) -> np.ndarray:
-  """Draws a candidate's images, or reads those that an earlier session drew.
+def compare_categories(
+  config: ml_collections.ConfigDict,
+  scores: Scores,
+  cases: Sequence[Case],
+  lower_is_better: set[str],
+) -> list[dict[str, Any]]:
+  """Everyone against the baseline within each category, as a family of its own."""
+  names = list(dict.fromkeys(case.category for case in cases))
+  pairs = comparisons(list(scores), config.eval.baseline)[: len(scores) - 1]
+  rows = []
+  for category in names if any(names) else ():
+    places = [i for i, case in enumerate(cases) if case.category == category]
+    within = {
+      name: {scorer: values[places] for scorer, values in by_scorer.items()}
+      for name, by_scorer in scores.items()
+    }
+    own = [cases[i] for i in places]
+    made = win_rate.rows(
+      within,
+      pairs,
+      [case.prompt for case in own],
+      seeds=[case.seed for case in own],
+      lower_is_better=lower_is_better,
+    )
+    rows += [{"category": category, **row, "protocol": "same_seed"} for row in made]
+  return win_rate.correct(rows, config.eval.correction)
 
-  Returns:
-    [n, H, W, 3] uint8.
-  """
-  from PIL import Image
 
-  params, identity = candidate_params(location, mesh, config.model.path)
-  settings = {key: config.eval[key] for key in DRAWING_KEYS}
-  settings |= {"weights": identity, "pipeline": sampling.pipeline_identity(config)}
-  settings["prompts"] = hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
-  file = folder / "drawing.json"
-  if parallel.is_main_process():
-    if folder.exists() and _read(file) != settings:
-      shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-  parallel.barrier("drawing begins")
-  paths = [folder / f"{i:05d}.png" for i in range(len(prompts))]
-  todo = [i for i, path in enumerate(paths) if not path.exists()]
-  parallel.barrier("drawing planned")
-  images = {
-    i: np.asarray(Image.open(path).convert("RGB"))
-    for i, path in enumerate(paths)
-    if i not in set(todo)
+def stamp(
+  row: Mapping[str, Any],
+  config: ml_collections.ConfigDict,
+  prompt_set: str,
+  descriptions: Mapping[str, Mapping[str, Any]],
+  weights: Mapping[str, str],
+) -> dict[str, Any]:
+  """Adds to a row all that its numbers hang on, so that it can stand alone."""
+  ev, scorer = config.eval, descriptions[row["scorer"]]
+  return {
+    **row,
+    "sampler": ev.sampler,
+    "steps": ev.steps,
+    "guidance_scale": ev.guidance_scale,
+    "images_per_prompt": ev.seeds,
+    "first_seed": ev.first_seed,
+    "prompt_set": prompt_set,
+    **{f"scorer_{key}": scorer[key] for key in scorer if key != "name"},
+    "weights_candidate": weights[row["candidate"]],
+    "weights_baseline": weights[row["baseline"]],
   }
-  progress = console.Progress(
-    f"drawing {name}", len(prompts), "images", start=len(images)
-  )
-  found = len(images)
-  # One batch at a time, written before the next: nothing is lost when it dies.
-  for start in range(0, len(todo), generator.batch_size):
-    rows = todo[start : start + generator.batch_size]
-    drawn = generator(params, [prompts[i] for i in rows], [seeds[i] for i in rows])
-    for i, image in zip(rows, drawn, strict=True):
-      images[i] = image
-      if parallel.is_main_process():
-        _write_png(paths[i], image)
-    progress.update(found + min(start + len(rows), len(todo)))
-  return np.stack([images[i] for i in range(len(prompts))])
-
-
-def _write_png(path: pathlib.Path, image: np.ndarray) -> None:
-  """Writes atomically: a PNG that is there is whole."""
-  from PIL import Image
-
-  partial = path.with_suffix(".partial")
-  Image.fromarray(image).save(partial, format="PNG")
-  partial.replace(path)
-
-
-def _read(file: pathlib.Path) -> Any:
-  try:
-    return json.loads(file.read_text("utf-8"))
-  except (OSError, ValueError):
-    return None
-
-
-def write_results(
-  workdir: pathlib.Path,
-  prompts: Sequence[str],
-  seeds: Sequence[int],
-  scores: Mapping[str, Mapping[str, np.ndarray]],
-  rows: Sequence[Mapping[str, Any]],
-) -> None:
-  """Writes per_image.parquet, summary.json and summary.md."""
-  import pyarrow as pa
-  from pyarrow import parquet
-
-  columns: dict[str, Any] = {"candidate": [], "prompt": [], "seed": []}
-  for name, by_scorer in scores.items():
-    columns["candidate"] += [name] * len(prompts)
-    columns["prompt"] += prompts
-    columns["seed"] += seeds
-    for scorer, values in by_scorer.items():
-      columns.setdefault(scorer, []).extend(float(v) for v in values)
-  parquet.write_table(pa.table(columns), workdir / "evaluation" / "per_image.parquet")
-  (workdir / "summary.json").write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
-  (workdir / "evaluation" / "summary.md").write_text(
-    win_rate.markdown_table(rows) + "\n", encoding="utf-8"
-  )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 import lpo_jax
+from lpo_jax.console import printable
 
 # The only script a page has: shows an image large on click or Enter. The page's
 # content security policy names this text's hash, so that nothing else can run.
@@ -42,21 +43,6 @@ for (const image of document.querySelectorAll("img.enlarge")) {
   image.addEventListener("keydown", (e) => { if (e.key === "Enter") enlarge(image); });
 }
 """
-
-# Characters that have no place in text shown to a person: controls (but tab and line
-# feed), bidirectional overrides that reorder what follows, lone surrogates.
-_UNPRINTABLE = re.compile(
-  "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]"
-)
-
-
-def printable(text: str) -> str:
-  """Returns `text` with each control character shown as U+FFFD.
-
-  >>> printable("a\\x00b")
-  'a\ufffdb'
-  """
-  return _UNPRINTABLE.sub("\ufffd", text)
 
 
 def _finalize(value: Any) -> Any:
@@ -85,14 +71,18 @@ def _environment():
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
   environment.globals.update(
     script=Markup(_SCRIPT),
-    script_hash=f"sha256-{digest}",
+    script_hash=script_hash(_SCRIPT),
     lpo_jax_version=lpo_jax.__version__,
   )
   environment.filters.update(number=number, duration=duration, prose=_prose)
   return environment
+
+
+def script_hash(script: str) -> str:
+  """Returns what a page's policy calls its one script by."""
+  return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def render(template: str, **context: Any) -> str:

@@ -106,8 +106,8 @@ class Frontier:
     ]
     return max(furthest)
 
-  def at_drift(self, drift: float) -> Mean | None:
-    """The win rate at a drift, with the beta that does best there.
+  def at_drift(self, drift: float, field: str = "won") -> Mean | None:
+    """What is won or gained at a drift, with the beta that does best there.
 
     Runs are interpolated linearly between checkpoints and never extrapolated: a beta
     whose runs do not all come as far is left out. The beta is chosen by the mean over
@@ -122,7 +122,7 @@ class Frontier:
       if min(curve[-1].drift for curve in curves) < drift:
         continue
       values = [
-        np.interp(drift, [p.drift for p in curve], [p.won for p in curve])
+        np.interp(drift, [p.drift for p in curve], [getattr(p, field) for p in curve])
         for curve in curves
       ]
       found.append(mean_over_seeds(values, beta))
@@ -138,16 +138,16 @@ class Frontier:
       for beta in self.betas
     ]
 
-  def within_loss(self, most: float) -> Mean | None:
-    """The best win rate while the mean over seeds of `lost` is at most `most`.
+  def within_loss(self, most: float, field: str = "won") -> Mean | None:
+    """The most that is won or gained while the mean of `lost` is at most `most`.
 
     Returns:
       The mean of the best beta and checkpoint, or None where all of them lose more.
     """
     found = [
-      won
+      best
       for step in sorted({p.step for p in self.points})
-      for won, lost in zip(self.at_step(step), self.at_step(step, "lost"))
+      for best, lost in zip(self.at_step(step, field), self.at_step(step, "lost"))
       if lost.mean <= most + 1e-12
     ]
     return max(found, key=lambda m: m.mean, default=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ class WinRate:
     p_sign: two-sided exact sign test over the units, tied units left out.
     unit: what was resampled and what the sign test counts: "prompt" or "pair".
     units: how many of them there are.
+    median_candidate: median score of the candidate.
+    median_baseline: median score of the baseline.
   """
 
   n: int
@@ -46,6 +48,8 @@ class WinRate:
   p_sign: float
   unit: str
   units: int
+  median_candidate: float
+  median_baseline: float
 
 
 def win_rate(
@@ -55,6 +59,7 @@ def win_rate(
   prompts: Sequence[Any] | np.ndarray | None = None,
   seeds: Sequence[Any] | np.ndarray | None = None,
   unit: str = "auto",
+  higher_is_better: bool = True,
   resamples: int = 2000,
   confidence: float = 0.95,
   seed: int = 0,
@@ -68,11 +73,12 @@ def win_rate(
   result does not depend on the order of the pairs.
 
   Args:
-    candidate: [n] scores, higher is better.
+    candidate: [n] scores.
     baseline: [n] scores of the images from the same prompts and seeds.
     prompts: [n] ids (numbers or strings); None if unknown: the unit is then the pair.
     seeds: [n] seeds; with `prompts`, checked to name every pair only once.
     unit: "prompt", "pair", or "auto": prompts where there are at least 20 of them.
+    higher_is_better: whether the larger of two scores wins.
     resamples: bootstrap resamples.
     confidence: share of the resamples that the interval holds.
     seed: of the bootstrap.
@@ -97,7 +103,8 @@ def win_rate(
   if unit == "prompt" and prompts is None:
     raise UserError("unit 'prompt' needs the prompt of every pair; pass prompts=.")
 
-  outcome = (candidate > baseline) + 0.5 * (candidate == baseline)
+  wins = candidate > baseline if higher_is_better else candidate < baseline
+  outcome = wins + 0.5 * (candidate == baseline)
   group = np.arange(n)
   if prompts is not None:
     group = np.unique(np.asarray(prompts), return_inverse=True)[1].reshape(-1)
@@ -123,6 +130,8 @@ def win_rate(
     p_sign=_sign_test(int((won > size / 2).sum()), int((won < size / 2).sum())),
     unit=unit,
     units=len(size),
+    median_candidate=float(np.median(candidate)),
+    median_baseline=float(np.median(baseline)),
   )
 
 
@@ -132,6 +141,7 @@ def rows(
   prompts: Sequence[Any] | np.ndarray | None,
   *,
   seeds: Sequence[Any] | np.ndarray | None = None,
+  lower_is_better: Collection[str] = (),
   **options: Any,
 ) -> list[dict[str, Any]]:
   """Makes the rows of summary.json: every comparison under every scorer.
@@ -141,6 +151,7 @@ def rows(
     comparisons: (candidate, baseline) names, in the order wanted.
     prompts: [n] prompt of every pair, or None.
     seeds: [n] seed of every pair, or None.
+    lower_is_better: the scorers of which the smaller score wins.
     **options: further options of `win_rate`.
 
   Returns:
@@ -167,8 +178,11 @@ def rows(
       if scorer not in scores[candidate] or scorer not in scores[baseline]:
         continue
       pair = scores[candidate][scorer], scores[baseline][scorer]
+      better = scorer not in lower_is_better
       try:
-        result = win_rate(*pair, prompts=prompts, seeds=seeds, **options)
+        result = win_rate(
+          *pair, prompts=prompts, seeds=seeds, higher_is_better=better, **options
+        )
       except UserError as error:
         raise UserError(
           f"{candidate} against {baseline} under {scorer}: {error}"
@@ -178,37 +192,60 @@ def rows(
   return table
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Returns `rows` as a Markdown table, for the console and for notes.
+def bonferroni(p_values: Sequence[float]) -> list[float]:
+  """Corrects p values of m tests: min(1, m p).
+
+  >>> bonferroni([0.01, 0.04, 0.5])
+  [0.03, 0.12, 1.0]
+  """
+  return [min(1.0, len(p_values) * p) for p in p_values]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+  """Corrects p values of m tests step by step, never less powerful than Bonferroni.
+
+  With p_(1) <= ... <= p_(m): corrected p_(i) = max over j <= i of min(1, (m - j + 1) p_(j))
+
+  Reference: Holm 1979, A simple sequentially rejective multiple test procedure.
+
+  >>> holm([0.04, 0.01, 0.03])
+  [0.06, 0.03, 0.06]
+  """
+  many, corrected, largest = len(p_values), [0.0] * len(p_values), 0.0
+  for place, i in enumerate(np.argsort(p_values, kind="stable")):
+    largest = max(largest, min(1.0, (many - place) * p_values[i]))
+    corrected[i] = largest
+  return corrected
+
+
+CORRECTIONS: dict[str, Callable[[Sequence[float]], list[float]]] = {
+  "holm": holm,
+  "bonferroni": bonferroni,
+  "none": list,
+}
+
+
+def correct(rows: Sequence[Mapping[str, Any]], how: str) -> list[dict[str, Any]]:
+  """Returns rows with their sign tests corrected for how many rows there are.
 
   Args:
-    rows: as `rows` makes them.
+    rows: one family of tests, as `rows` makes them.
+    how: a name in `CORRECTIONS`.
 
   Returns:
-    Lines without a final line feed; "" if there are no rows.
+    The rows with `p_corrected`, `correction` and `comparisons`, the family's size. The
+    intervals stay as they are: each is of one comparison.
+
+  Raises:
+    UserError: an unknown correction.
   """
-  if not rows:
-    return ""
-  lines = [
-    "| candidate | baseline | scorer | win rate | 95 % interval | ties | n "
-    "| mean candidate | mean baseline |",
-    "|---|---|---|--:|--:|--:|--:|--:|--:|",
+  if how not in CORRECTIONS:
+    raise unknown_name("eval.correction", how, CORRECTIONS)
+  corrected = CORRECTIONS[how]([row["p_sign"] for row in rows])
+  return [
+    {**row, "p_corrected": p, "correction": how, "comparisons": len(rows)}
+    for row, p in zip(rows, corrected, strict=True)
   ]
-  for row in rows:
-    cells = [str(row[key]).replace("|", "\\|") for key in _NAMES]
-    cells += [
-      f"{row['win_rate']:.3f}",
-      f"{row['ci_low']:.3f} to {row['ci_high']:.3f}",
-      str(row["ties"]),
-      str(row["n"]),
-      f"{row['mean_candidate']:.4g}",
-      f"{row['mean_baseline']:.4g}",
-    ]
-    lines.append(f"| {' | '.join(cells)} |")
-  return "\n".join(lines)
-
-
-_NAMES = ("candidate", "baseline", "scorer")
 
 
 def _scores(name: str, values: Any) -> np.ndarray:

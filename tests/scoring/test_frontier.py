@@ -44,6 +44,7 @@ def test_drifts_between_checkpoints_are_interpolated_from_the_base_on(frontier):
   # beta 1: 0.55 and 0.6, beta 5: 0.7 and 0.6.
   early = frontier.at_drift(0.5)
   assert early.values == pytest.approx((0.7, 0.6)) and early.beta == 5.0
+  assert frontier.at_drift(0.5, "gained").values == pytest.approx((0.4, 0.2))
   assert frontier.at_drift(0.25).values == pytest.approx((0.6, 0.55))  # base: 0.5 at 0
   # beta 5 ends at 1.0 with seed 1 and is left out, however high seed 0 may be.
   late = frontier.at_drift(1.5)
@@ -67,6 +68,7 @@ def test_what_is_won_within_a_loss(frontier):
   assert frontier.within_loss(0.0).values == pytest.approx((0.6, 0.7))
   assert frontier.within_loss(0.029).mean == pytest.approx(0.65)
   assert frontier.within_loss(0.03).values == pytest.approx((0.8, 0.9))
+  assert frontier.within_loss(0.03, "gained").values == pytest.approx((0.6, 0.8))
 
 
 def test_fields_after_so_many_updates(frontier):

@@ -175,21 +175,42 @@ def test_rows_name_what_is_wrong():
     win_rate.rows(scores, [("dpo", "base")], None)
 
 
-def test_markdown_table():
-  row = {
-    "candidate": "l|po",
-    "baseline": "base",
-    "scorer": "taste",
-    "n": 4,
-    "win_rate": 0.625,
-    "ci_low": 0.25,
-    "ci_high": 1.0,
-    "ties": 1,
-    "mean_candidate": 2.75,
-    "mean_baseline": -0.0123456,
-  }
-  lines = win_rate.markdown_table([row]).splitlines()
-  assert lines[2] == (
-    "| l\\|po | base | taste | 0.625 | 0.250 to 1.000 | 1 | 4 | 2.75 | -0.01235 |"
-  )
-  assert win_rate.markdown_table([]) == ""
+def test_medians_and_scores_of_which_less_is_better():
+  # Of 1, 2, 9 against 3, 2, 4: win, tie, loss where less is better.
+  result = win_rate.win_rate([1, 2, 9], [3, 2, 4], higher_is_better=False)
+  assert (result.win_rate, result.ties) == (0.5, 1)
+  assert (result.median_candidate, result.median_baseline) == (2, 3)
+  mirrored = win_rate.win_rate([-1, -2, -9], [-3, -2, -4])
+  assert mirrored.p_sign == result.p_sign and mirrored.ci_low == result.ci_low
+  scores = {"base": {"error": np.array([1.0, 2.0])}}
+  scores["lpo"] = {"error": np.array([0.5, 1.0])}
+  for lower, won in (((), 0.0), (("error",), 1.0)):
+    (row,) = win_rate.rows(scores, [("lpo", "base")], None, lower_is_better=lower)
+    assert row["win_rate"] == won
+
+
+def test_corrections_by_hand():
+  # In order 0.01, 0.02, 0.025, 0.5 of 4 tests: 4 p, 3 p, 2 p, 1 p, never falling.
+  p_values = [0.025, 0.01, 0.5, 0.02]
+  assert win_rate.holm(p_values) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+  assert win_rate.bonferroni(p_values) == pytest.approx([0.1, 0.04, 1.0, 0.08])
+  assert win_rate.holm([0.04]) == win_rate.bonferroni([0.04]) == [0.04]
+  rng = np.random.default_rng(6)
+  for _ in range(20):
+    p_values = list(rng.random(7) ** 3)
+    holm, bonferroni = win_rate.holm(p_values), win_rate.bonferroni(p_values)
+    assert all(
+      p <= h <= b + 1e-15 for p, h, b in zip(p_values, holm, bonferroni, strict=True)
+    )
+
+
+def test_corrected_rows_say_how_and_over_how_many():
+  rows = win_rate.rows(_scores(), [("lpo", "base"), ("dpo", "base")], np.arange(4))
+  rows[0]["p_sign"] = 0.01
+  corrected = win_rate.correct(rows, "holm")
+  assert [row["comparisons"] for row in corrected] == [len(rows)] * len(rows) == [3] * 3
+  assert corrected[0]["p_corrected"] == pytest.approx(0.03)
+  assert {row["correction"] for row in corrected} == {"holm"}
+  assert win_rate.correct(rows, "none")[0]["p_corrected"] == 0.01
+  with pytest.raises(UserError, match=r"eval\.correction 'hom'; did you mean 'holm'"):
+    win_rate.correct(rows, "hom")
