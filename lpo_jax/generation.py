@@ -230,14 +230,7 @@ class Generator:
       text = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), null, text)
 
     def unet(noisy_latents: Array, timesteps: Array) -> Array:
-      return self.unet.apply(
-        unet_params,
-        noisy_latents,
-        timesteps,
-        text.prompt_embeds,
-        text.pooled_prompt_embeds,
-        text.time_ids,
-      )
+      return self.unet.apply(unet_params, noisy_latents, timesteps, **text.arguments)
 
     denoiser = samplers.guided(unet, self._guidance_scale) if guidance else unet
     noise = {}

@@ -61,11 +61,20 @@ class Conditioning:
     prompt_embeds: [S, L, D] text states.
     pooled_prompt_embeds: [S, P] pooled text (SDXL), else None.
     time_ids: [S, 6] original size, crop and target size in pixels (SDXL), else None.
+    source_latents: [S, h, w, c] the image to edit: the mode of its posterior, unscaled;
+      0 where it is withheld. None where nothing is edited.
   """
 
   prompt_embeds: Array
   pooled_prompt_embeds: Array | None = None
   time_ids: Array | None = None
+  source_latents: Array | None = None
+
+  @property
+  def arguments(self) -> dict[str, Array]:
+    """What a network is told besides latents and time, by name; no more than there is."""
+    fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+    return {name: value for name, value in fields if value is not None}
 
 
 @_record
@@ -97,6 +106,7 @@ class Batch:
     slot: [B, N] int32, where each item of each list sits (0 where invalid).
     ranking: [B, N] ranks, validity, scores and [B] weights.
     trajectory: per slot, where the policy's own samples are among the items.
+    ref_err: [S] fp32 the reference's errors, where they were computed beforehand.
   """
 
   moments: Array
@@ -106,3 +116,4 @@ class Batch:
   slot: Array
   ranking: Ranking
   trajectory: Trajectory | None = None
+  ref_err: Array | None = None

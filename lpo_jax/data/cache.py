@@ -34,6 +34,7 @@ from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.types import Conditioning
 
 _LIST_COLUMNS = ("prompt", "list_id", "weight", "offsets", "image", "rank", "score")
+_SOME_LISTS_COLUMNS = ("source_image", "user")  # not all lists have them
 
 
 def lists_key(settings: Mapping[str, Any]) -> str:
@@ -70,7 +71,13 @@ def write_lists(
   kept, lost = index_lists(lists, moments.keys, prompts.keys, bad, folder)
   key = lists_key(settings)
   packed = io.BytesIO()
-  np.savez(packed, **{name: getattr(kept, name) for name in _LIST_COLUMNS})
+  columns = {name: getattr(kept, name) for name in _LIST_COLUMNS}
+  columns |= {
+    name: getattr(kept, name)
+    for name in _SOME_LISTS_COLUMNS
+    if getattr(kept, name) is not None
+  }
+  np.savez(packed, **columns, users=np.array(list(kept.users), str))
   records.write_atomically(folder / f"lists-{key}.npz", packed.getvalue())
   described = {
     "settings": dict(settings),
@@ -294,6 +301,10 @@ class Cache:
         data[row] = record
     return self._decode(data, math.prod(shape)).reshape(-1, *shape)
 
+  def source_latents(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Returns [n, h, w, c] fp32: the mode of the posterior, unscaled."""
+    return np.split(self.moments(indices), 2, axis=-1)[0]
+
   def prompt_embeds(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
     """Returns [n, L, D] fp32 text states."""
     return self._text(indices)[0]
@@ -400,7 +411,10 @@ def open_cache(
       "cache with this config: it adds them and encodes nothing else again."
     )
   with np.load(folder / f"lists-{lists_key}.npz") as columns:
-    arrays = {name: columns[name] for name in _LIST_COLUMNS}
+    found = {*_LIST_COLUMNS, *_SOME_LISTS_COLUMNS} & {*columns.files}
+    arrays = {name: columns[name] for name in sorted(found)}
+    # Lists of before users were kept have none.
+    arrays["users"] = columns["users"].tolist() if "users" in columns.files else ()
   names = ["moments", "prompts", *(["mirrored"] if mirrored else [])]
   stores = {name: _records(folder, manifest, name) for name in names}
   return Cache(

@@ -5,7 +5,14 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+  from lpo_jax.data.ranked import RankedLists
 
 _PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 _SAMPLED = 1 << 18  # bytes read at each end of a large source file
@@ -40,6 +47,42 @@ def of_source(path: str | os.PathLike) -> str | None:
     for file in inside if place.is_dir() else [place]:
       digest.update(_named_content(file, os.path.relpath(file, root)))
   return digest.hexdigest()[:16] if found else None
+
+
+def of_lists(lists: RankedLists) -> dict[str, str]:
+  """Hashes what a run learns from, part by part, so that a difference has a name.
+
+  Args:
+    lists: of an opened cache or mixture.
+
+  Returns:
+    "lists" (their order, ranks, scores and weights), "images" and "prompts" (their
+    names, in record order) -> 16 hex digits.
+  """
+  columns = (
+    lists.list_id,
+    lists.offsets,
+    lists.rank,
+    lists.score,
+    lists.weight,
+    lists.image,
+    lists.prompt,
+  )
+  digest = hashlib.sha256()
+  for column in columns:
+    digest.update(np.ascontiguousarray(column).tobytes())
+  return {
+    "lists": digest.hexdigest()[:16],
+    "images": _of_names(lists.image_uids),
+    "prompts": _of_names(lists.prompts),
+  }
+
+
+def _of_names(names: Iterable[str]) -> str:
+  digest = hashlib.sha256()
+  for name in names:
+    digest.update(f"{name}\0".encode("utf-8", "surrogatepass"))
+  return digest.hexdigest()[:16]
 
 
 def _named_content(file: Path, name: str) -> bytes:

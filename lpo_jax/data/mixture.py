@@ -75,6 +75,10 @@ class Mixture:
     owner, local = self._local_images(np.asarray(indices, np.int64))
     return self._gather(owner, lambda cache, rows: cache.moments(local[rows]))
 
+  def source_latents(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Returns [n, h, w, c] fp32: the mode of the posterior, unscaled."""
+    return np.split(self.moments(indices), 2, axis=-1)[0]
+
   def conditioning(
     self, prompts: np.ndarray, images: np.ndarray, *, time_ids: str = "resolution"
   ) -> Conditioning:
@@ -125,6 +129,7 @@ def _joined(
     return np.concatenate(columns)
 
   offsets = [each.offsets[1:] + start for each, start in zip(lists, items[:-1])]
+  edits = lists[0].source_image is not None
   return dataclasses.replace(
     lists[0],
     prompt=join("prompt", prompt_starts),
@@ -134,6 +139,7 @@ def _joined(
     image=join("image", image_starts),
     rank=join("rank"),
     score=join("score"),
+    source_image=join("source_image", image_starts) if edits else None,
     prompts=[prompt for each in lists for prompt in each.prompts],
     image_uids=[uid for each in lists for uid in each.image_uids],
   )
@@ -141,6 +147,15 @@ def _joined(
 
 def _refuse_unlike(names: Sequence[str], caches: Sequence[Cache]) -> None:
   """Checks that records of all caches fit into one batch."""
+  edits = [cache.lists.source_image is not None for cache in caches]
+  if any(edits) and not all(edits):
+    raise UserError(
+      "the caches of data.mixture do not fit together: "
+      + ", ".join(n for n, e in zip(names, edits) if e)
+      + " hold edits of images, "
+      + ", ".join(n for n, e in zip(names, edits) if not e)
+      + " do not. Train on one kind at a time."
+    )
   for name, cache in zip(names, caches, strict=True):
     for what, read in _COMMON.items():
       first, other = read(caches[0].manifest), read(cache.manifest)

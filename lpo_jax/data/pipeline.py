@@ -18,117 +18,17 @@ import numpy as np
 
 from lpo_jax.data.cache import Cache
 from lpo_jax.data.draws import Draws, Part
+from lpo_jax.data.packing import Packer, Plan, Progress
+from lpo_jax.data.references import References
 from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.types import Batch, Conditioning, Ranking
 
-LOOK_AHEAD = 256  # how far behind the oldest unused list a filler may be found
 # data.flip -> what one coin decides for: (list key, epoch, item) -> name of the coin.
 FLIPS: dict[str, Callable[[int, int, int], str] | None] = {
   "off": None,
   "list": lambda list_id, epoch, item: f"{list_id}/{epoch}",
   "independent": lambda list_id, epoch, item: f"{list_id}/{epoch}/{item}",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """Which lists an update holds; they lie in the slots one after the other.
-
-  Attributes:
-    positions: places in the endless order of lists, in slot order.
-    filled: number of slots that hold an item; the rest is empty.
-  """
-
-  positions: tuple[int, ...]
-  filled: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-  """Where in the endless order of lists the next update begins.
-
-  Attributes:
-    position: the first place nobody looked at.
-    pending: earlier places whose lists are not used yet, oldest first.
-    updates: number of updates before this one.
-    filled: number of slots they filled.
-  """
-
-  position: int = 0
-  pending: tuple[int, ...] = ()
-  updates: int = 0
-  filled: int = 0
-
-
-class Packer:
-  """Fills a fixed number of slots with whole lists, as full as their lengths allow."""
-
-  def __init__(
-    self, lengths: Sequence[int], slots: int, *, look_ahead: int = LOOK_AHEAD
-  ):
-    """Prepares for lists of these lengths.
-
-    Args:
-      lengths: items per list.
-      slots: S, at least the longest length.
-      look_ahead: bound on how far the order is bent to fill a hole; never more than an
-        epoch.
-    """
-    self._slots = slots
-    self._look_ahead = min(look_ahead, len(lengths))
-    # most[r]: the most of r slots that any number of lists of these lengths can fill.
-    self._most = np.zeros(slots + 1, np.int64)
-    distinct = sorted({int(n) for n in lengths})
-    for room in range(1, slots + 1):
-      fits = [n + self._most[room - n] for n in distinct if n <= room]
-      self._most[room] = max(fits, default=0)
-
-  def plan(
-    self, progress: Progress, length_at: Callable[[int], int]
-  ) -> tuple[Plan, Progress]:
-    """Chooses the lists of one update.
-
-    The oldest unused list goes first. One that is too long for the room left, or that
-    would leave a hole which others could have avoided, waits at the head of the queue
-    for the next update: nothing is lost or broken.
-
-    Args:
-      progress: where to begin.
-      length_at: place in the order -> number of items of the list there.
-
-    Returns:
-      The plan, and where the next one begins.
-    """
-    most, room = self._most, self._slots
-    pending, position = list(progress.pending), progress.position
-    taken: list[int] = []
-    while most[room]:
-      exact = second = None
-      at = 0
-      while exact is None:
-        if at == len(pending):
-          oldest = pending[0] if pending else position
-          if position - oldest >= self._look_ahead:
-            break
-          pending.append(position)
-          position += 1
-        length = length_at(pending[at])
-        if length <= room:
-          if length + most[room - length] == most[room]:
-            exact = at
-          elif second is None:
-            second = at
-        at += 1
-      choice = second if exact is None else exact
-      if choice is None:
-        break
-      room -= length_at(pending[choice])
-      taken.append(pending.pop(choice))
-    filled = self._slots - room
-    following = Progress(
-      position, tuple(pending), progress.updates + 1, progress.filled + filled
-    )
-    return Plan(tuple(taken), filled), following
 
 
 class Batches:
@@ -151,8 +51,12 @@ class Batches:
     images_per_update: int,
     seed: int,
     caption_dropout: float = 0.0,
+    source_dropout: float = 0.0,
+    both_dropout: float = 0.0,
     flip: str = "off",
     time_ids: str = "resolution",
+    draws: int = 0,
+    references: References | None = None,
     process_index: int = 0,
     process_count: int = 1,
     prefetch: int = 2,
@@ -164,9 +68,14 @@ class Batches:
       images_per_update: S, the number of slots.
       seed: of the order and of caption dropout.
       caption_dropout: probability that a list is trained under the empty prompt.
+      source_dropout: probability that the image to edit is withheld, and not the prompt.
+      both_dropout: probability that both are.
       flip: "off"; "list" mirrors all images of a list or none, with probability 1/2;
         "independent" decides image by image.
       time_ids: what SDXL is told about sizes; see `Cache.conditioning`.
+      draws: after so many epochs a list meets the same noise, timestep and views again;
+        0: never.
+      references: where the reference's errors are read; None if the step computes them.
       process_index: this process.
       process_count: P; this process reads slots index * S/P and the S/P - 1 after it.
       prefetch: number of batches prepared ahead; 0 prepares in the caller's thread.
@@ -182,8 +91,22 @@ class Batches:
         f"train.images_per_update={images_per_update} must be a positive multiple of "
         f"the number of processes, {process_count}."
       )
-    if not 0 <= caption_dropout <= 1:
-      raise UserError(f"caption_dropout={caption_dropout} must be between 0 and 1.")
+    if draws < 0:
+      raise UserError(
+        f"data.draws={draws}: expected epochs, or 0 for new noise in each."
+      )
+    chances = (caption_dropout, source_dropout, both_dropout)
+    if min(chances) < 0 or sum(chances) > 1:
+      raise UserError(
+        f"data.caption_dropout={caption_dropout}, data.source_dropout={source_dropout}, "
+        f"data.both_dropout={both_dropout}: expected probabilities between 0 and 1, at most "
+        "1 together."
+      )
+    if max(chances[1:]) > 0 and cache.lists.source_image is None:
+      raise UserError(
+        f"data.source_dropout={source_dropout}, data.both_dropout={both_dropout}, but "
+        f"the lists in {cache.folder} are no edits: expected 0."
+      )
     if flip not in FLIPS:
       raise unknown_name("data.flip", flip, FLIPS)
     if FLIPS[flip] and not cache.has_mirrored:
@@ -192,9 +115,11 @@ class Batches:
       cache,
       slots=images_per_update,
       seed=seed,
-      caption_dropout=caption_dropout,
+      dropout=chances,
       coin=FLIPS[flip],
       time_ids=time_ids,
+      draws=draws,
+      references=references,
       share=(process_index, process_count),
     )
     # A thread that still reads when the interpreter goes down would abort the process:
@@ -273,10 +198,27 @@ def _close(iterators: list) -> None:
 class _Updates:
   """The same endless iterator without a thread; its state is the next update's."""
 
-  def __init__(self, cache, *, slots, seed, caption_dropout, coin, time_ids, share):
+  def __init__(
+    self,
+    cache,
+    *,
+    slots,
+    seed,
+    dropout,
+    coin,
+    time_ids,
+    draws,
+    references,
+    share,
+  ):
     lists = cache.lists
+    self._repeat, self._references = draws, references
     self._cache, self._lists, self._seed = cache, lists, int(seed)
-    self._caption_dropout, self._coin = caption_dropout, coin
+    self._coin = coin
+    caption, source, both = dropout
+    # Intervals of one coin, so that no list loses its prompt and its source by accident.
+    self._no_caption = (0.0, caption), (caption + source, caption + source + both)
+    self._no_source = (caption, caption + source), self._no_caption[1]
     self._time_ids = time_ids
     self._lengths = np.diff(lists.offsets)
     self.lists_per_epoch = len(self._lengths)
@@ -331,8 +273,11 @@ class _Updates:
     lists, slots = self._lists, self._slots
     image = np.zeros(slots, np.int64)
     prompt = np.zeros(slots, np.int64)
+    source = np.zeros(slots, np.int64)
+    shown = np.zeros(slots, bool)
     identity = np.zeros((slots, 2), np.uint32)
     item = np.zeros(slots, np.uint32)
+    ref_err = np.zeros(slots, np.float32)
     slot = np.zeros((self._rows, self._longest), np.int32)
     rank = np.zeros((self._rows, self._longest), np.int32)
     score = np.zeros((self._rows, self._longest), np.float32)
@@ -342,15 +287,23 @@ class _Updates:
     for row, position in enumerate(plan.positions):
       draw = self.draws.at(position)
       index, epoch = draw.index, draw.epoch
+      epoch = epoch % self._repeat if self._repeat else epoch
       items = slice(int(lists.offsets[index]), int(lists.offsets[index + 1]))
       length = items.stop - items.start
       here = slice(start, start + length)
       list_id = int(lists.list_id[index])
-      image[here] = lists.image[items] + self._mirrored(list_id, epoch, length)
+      mirrored = self._mirrored(list_id, epoch, length)
+      image[here] = lists.image[items] + mirrored
       prompt[here] = lists.prompt[index]
-      if self._drops_caption(list_id, epoch):
+      coin = self._coin_of(f"caption_dropout/{list_id}/{epoch}")
+      if _in_any(coin, self._no_caption):
         prompt[here] = self._cache.null_prompts[draw.part]
+      if lists.source_image is not None:
+        source[here] = int(lists.source_image[index]) + mirrored
+        shown[here] = not _in_any(coin, self._no_source)
       identity[here] = list_id, epoch
+      if self._references is not None:
+        ref_err[here] = self._references.of(epoch, items)
       item[here] = slot[row, :length] = np.arange(length)
       slot[row, :length] += start
       rank[row, :length] = lists.rank[items]
@@ -358,21 +311,29 @@ class _Updates:
       valid[row, :length] = True
       weight[row] = lists.weight[index]
       start += length
-    for column in (image, prompt, identity, item):
+    for column in (image, prompt, source, shown, identity, item):
       column[start:] = column[0]  # an empty slot costs no read and holds sane numbers
     image, prompt = image[self._share], prompt[self._share]
     distinct, which = np.unique(image, return_inverse=True)
+    conditioning = self._cache.conditioning(prompt, image, time_ids=self._time_ids)
+    if lists.source_image is not None:
+      latents = self._sources(source[self._share], shown[self._share])
+      conditioning = dataclasses.replace(conditioning, source_latents=latents)
     return Batch(
       moments=self._cache.moments(distinct)[which],
-      conditioning=self._cache.conditioning(prompt, image, time_ids=self._time_ids),
+      conditioning=conditioning,
       identity=identity[self._share],
       item=item[self._share],
       slot=slot,
       ranking=Ranking(rank=rank, valid=valid, score=score, weight=weight),
+      ref_err=None if self._references is None else ref_err[self._share],
     )
 
-  def _drops_caption(self, list_id: int, epoch: int) -> bool:
-    return self._happens(self._caption_dropout, f"caption_dropout/{list_id}/{epoch}")
+  def _sources(self, images: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """[n, h, w, c] the images to edit; 0 where they are not shown."""
+    distinct, which = np.unique(images, return_inverse=True)
+    latents = self._cache.source_latents(distinct)[which]
+    return np.where(shown[:, None, None, None], latents, np.float32(0))
 
   def _mirrored(self, list_id: int, epoch: int, length: int) -> np.ndarray:
     """[length] what to add to an image's index to get the view that is shown."""
@@ -384,10 +345,12 @@ class _Updates:
     return add
 
   def _happens(self, probability: float, name: str) -> bool:
-    """Decides by identity, so that neither packing nor a resume changes it."""
+    return self._coin_of(name) < probability * 2**64
+
+  def _coin_of(self, name: str) -> int:
+    """A 64-bit number by identity, so that neither packing nor a resume changes it."""
     text = f"{self._seed}/{name}".encode()
-    draw = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-    return draw < probability * 2**64
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
   def _spec(self) -> Batch:
     manifest, slots = self._cache.manifest, self._slots
@@ -397,13 +360,14 @@ class _Updates:
     def spec(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
       return jax.ShapeDtypeStruct(shape, dtype)
 
-    pooled = text["pooled"]
+    pooled, edits = text["pooled"], self._lists.source_image is not None
     return Batch(
       moments=spec(slots, *shape),
       conditioning=Conditioning(
         prompt_embeds=spec(slots, *text["prompt_embeds"]),
         pooled_prompt_embeds=spec(slots, *pooled) if pooled else None,
         time_ids=spec(slots, 6) if pooled else None,
+        source_latents=spec(slots, *shape[:-1], shape[-1] // 2) if edits else None,
       ),
       identity=spec(slots, 2, dtype=np.uint32),
       item=spec(slots, dtype=np.uint32),
@@ -414,13 +378,20 @@ class _Updates:
         score=spec(*rows),
         weight=spec(self._rows),
       ),
+      ref_err=None if self._references is None else spec(slots),
     )
+
+
+def _in_any(coin: int, intervals: Sequence[tuple[float, float]]) -> bool:
+  """Whether a coin falls into one of some intervals of [0, 1)."""
+  return any(low * 2**64 <= coin < high * 2**64 for low, high in intervals)
 
 
 def _lists_digest(lists: Any, parts: Sequence[Part]) -> str:
   """Short hash of the lists: the order is a function of them and of the seed."""
   digest = hashlib.sha256()
-  for column in (lists.list_id, lists.offsets, lists.image, lists.rank):
+  source = [] if lists.source_image is None else [lists.source_image]
+  for column in (lists.list_id, lists.offsets, lists.image, lists.rank, *source):
     digest.update(np.ascontiguousarray(column).tobytes())
   if len(parts) > 1:
     digest.update(repr(parts).encode())

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lpo_jax import console, parallel
+from lpo_jax import console, parallel, pretrained
 from lpo_jax.data import (
   cache,
   encoding,
@@ -113,17 +113,36 @@ def _read_source(config: Any):
   )
   sources.refuse_training(opened)
   source = opened.read()
-  if getattr(source, "source_image", None) is not None:
-    raise UserError(
-      f"{data.path} holds edits ({opened.kind.about}), and training does not show the "
-      "image to edit to the model yet. Use --job inspect on it, or another source."
-    )
+  _refuse_other_task(config, getattr(source, "source_image", None) is not None)
   if source.images is None:
     raise UserError(
       f"{data.path} holds judgements but no images. Set data.images to where they are "
       "(parquet files, archives or a folder), or data.path to a source with both."
     )
   return source
+
+
+def _refuse_other_task(config: Any, edits: bool) -> None:
+  """Checks that a UNet which edits meets edits, and another one images.
+
+  Raises:
+    UserError: it does not.
+  """
+  takes = pretrained.read_config(config.model.path, "unet").get("in_channels", 4)
+  latent = pretrained.read_config(config.model.path, "vae").get("latent_channels", 4)
+  if takes == (1 + edits) * latent:
+    return
+  what = "edits of images" if edits else "images without a source to edit"
+  raise UserError(
+    f"{config.data.path} holds {what}, and the UNet in {config.model.path} takes {takes} "
+    f"channels; expected {(1 + edits) * latent}. "
+    + (
+      "Make an editing UNet of it first: --job widen writes one with zeros for the new "
+      "channels."
+      if edits
+      else "Use a UNet that draws, or a source of edits."
+    )
+  )
 
 
 def _build_lists(source: Any, settings: Mapping[str, Any]):
@@ -178,6 +197,8 @@ def _contents(source: Any) -> tuple[np.ndarray, list[str]]:
   uses = (
     [source.image] if hasattr(source, "image") else [source.image_a, source.image_b]
   )
+  if getattr(source, "source_image", None) is not None:
+    uses.append(source.source_image[source.source_image >= 0])
   used = source.images.file_order(np.unique(np.concatenate(uses)))
   texts = [source.prompts[i] for i in np.unique(source.prompt)]
   return used, list(dict.fromkeys(["", *texts]))

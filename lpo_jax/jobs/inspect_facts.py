@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from lpo_jax import console, pretrained
-from lpo_jax.data import decoding, pipeline, prompts
+from lpo_jax.data import decoding, prompts
 from lpo_jax.data.judgements import Judgements
+from lpo_jax.data.packing import Packer, Progress
 from lpo_jax.data.ranked import RankedLists
 from lpo_jax.errors import UserError
 
@@ -244,7 +245,7 @@ def packing(lengths: np.ndarray, slots: int, seed: int) -> dict[str, Any]:
   fits = bool(len(lengths)) and longest <= slots
   filled = placed = 0
   if fits:
-    packer, progress = pipeline.Packer(shuffled, slots), pipeline.Progress()
+    packer, progress = Packer(shuffled, slots), Progress()
     for _ in range(updates):
       done, progress = packer.plan(progress, lambda at: shuffled[at % len(shuffled)])
       filled += done.filled

@@ -322,8 +322,9 @@ class UNet2DConditionModel(nnx.Module):
     latents: Array,
     timesteps: Array,
     prompt_embeds: Array,
-    pooled_prompt_embeds: Array | None,
-    time_ids: Array | None,
+    pooled_prompt_embeds: Array | None = None,
+    time_ids: Array | None = None,
+    source_latents: Array | None = None,
   ) -> Array:
     embedding = self.time_embedding(self.wave(timesteps, self.wave_channels))
     if hasattr(self, "add_embedding"):
@@ -332,6 +333,8 @@ class UNet2DConditionModel(nnx.Module):
       pooled = pooled_prompt_embeds.astype(jnp.float32)
       embedding += self.add_embedding(jnp.concatenate([pooled, sizes], axis=-1))
 
+    if source_latents is not None:
+      latents = jnp.concatenate([latents, source_latents.astype(latents.dtype)], -1)
     x = 2 * latents - 1 if self.centre else latents
     x = self.conv_in(x)
     context = prompt_embeds.astype(self.settings.dtype)
@@ -357,17 +360,20 @@ class UNet(Model):
     prompt_embeds: Array,
     pooled_prompt_embeds: Array | None = None,
     time_ids: Array | None = None,
+    source_latents: Array | None = None,
   ) -> Array:
     """Runs the network.
 
     Args:
       params: nested dict in the shape of `abstract_params`.
-      latents: [N, h, w, c] noisy latents; for edits, c includes the source image's.
+      latents: [N, h, w, c] noisy latents; for edits, c may include the source image's.
       timesteps: [N] or scalar, 0 to 999.
       prompt_embeds: [N, L, D] text states.
       pooled_prompt_embeds: [N, P] pooled text, for models of the XL kind.
       time_ids: [N, 6] original height and width, crop top and left, target height and
         width, all in pixels, for models of the XL kind ([N, 5] for its refiner).
+      source_latents: [N, h, w, c] latents of the image to edit, not scaled, where
+        `latents` do not include them.
 
     Returns:
       [N, h, w, c] fp32.
@@ -387,7 +393,13 @@ class UNet(Model):
       return self.bind(params)(*args)
 
     return self.settings.whole(run)(
-      params, latents, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids
+      params,
+      latents,
+      timesteps,
+      prompt_embeds,
+      pooled_prompt_embeds,
+      time_ids,
+      source_latents,
     )
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from lpo_jax.data import draws, pipeline
+from lpo_jax.data import draws, packing, pipeline, references
 from lpo_jax.data.lists import RankedLists
 from lpo_jax.errors import UserError
 from lpo_jax.types import Batch, Conditioning
@@ -54,6 +54,9 @@ class MemoryCache:
     self.reads.append(np.asarray(indices))
     values = np.asarray(indices, np.float32)[:, None, None, None]
     return np.broadcast_to(values, (len(indices), 2, 2, 4)).copy()
+
+  def source_latents(self, indices):
+    return self.moments(indices)[..., :2]
 
   def conditioning(self, prompts, images, *, time_ids):
     states = np.broadcast_to(np.float32(prompts)[:, None, None], (len(prompts), 3, 5))
@@ -265,37 +268,37 @@ def test_empty_slots_are_counted_and_unreferenced():
 
 
 def test_lists_that_do_not_fit_wait_and_are_not_lost():
-  packer = pipeline.Packer([5, 4, 3], slots=8)
+  packer = packing.Packer([5, 4, 3], slots=8)
   order = [0, 1, 2, 0, 1, 2, 0, 1, 2]  # lengths 5 4 3 5 4 3 5 4 3
   lengths = [5, 4, 3]
 
   def length_at(position):
     return lengths[order[position]]
 
-  plan, after = packer.plan(pipeline.Progress(), length_at)
-  assert plan == pipeline.Plan((0, 2), 8)  # the 4 waits, the 3 fills the hole
-  assert after == pipeline.Progress(3, (1,), updates=1, filled=8)
+  plan, after = packer.plan(packing.Progress(), length_at)
+  assert plan == packing.Plan((0, 2), 8)  # the 4 waits, the 3 fills the hole
+  assert after == packing.Progress(3, (1,), updates=1, filled=8)
   plan, after = packer.plan(after, length_at)
-  assert plan == pipeline.Plan((1, 4), 8)  # the oldest first, then a 4; the 5 waits
-  assert after == pipeline.Progress(5, (3,), updates=2, filled=16)
+  assert plan == packing.Plan((1, 4), 8)  # the oldest first, then a 4; the 5 waits
+  assert after == packing.Progress(5, (3,), updates=2, filled=16)
   plan, after = packer.plan(after, length_at)
-  assert plan == pipeline.Plan((3, 5), 8)
-  assert after == pipeline.Progress(6, (), updates=3, filled=24)
+  assert plan == packing.Plan((3, 5), 8)
+  assert after == packing.Progress(6, (), updates=3, filled=24)
 
 
 def test_look_ahead_is_bounded():
   """A hole that only distant lists could fill stays; the queue does not grow."""
   lengths = [5] * 100 + [3] * 100
-  packer = pipeline.Packer(lengths, slots=8, look_ahead=10)
-  plan, after = packer.plan(pipeline.Progress(), lengths.__getitem__)
-  assert plan == pipeline.Plan((0,), 5)
+  packer = packing.Packer(lengths, slots=8, look_ahead=10)
+  plan, after = packer.plan(packing.Progress(), lengths.__getitem__)
+  assert plan == packing.Plan((0,), 5)
   assert after.position <= 11 and after.pending == tuple(range(1, after.position))
-  progress = pipeline.Progress()
+  progress = packing.Progress()
   for _ in range(60):
     plan, progress = packer.plan(progress, lambda p: lengths[p % 200])
     assert len(progress.pending) <= 10
   # One list of five per update; whatever else was looked at is waiting, in order.
-  assert progress == pipeline.Progress(70, tuple(range(60, 70)), 60, 300)
+  assert progress == packing.Progress(70, tuple(range(60, 70)), 60, 300)
 
 
 def test_look_ahead_stays_within_an_epoch():
@@ -503,9 +506,73 @@ def test_utilisation_on_the_papers_lengths():
   assert np.mean(lengths <= 8) == pytest.approx(0.95, abs=0.005)
   assert pairs[lengths > 2].sum() / pairs.sum() == pytest.approx(0.56, abs=0.01)
   lengths = np.minimum(lengths, 8).tolist()
-  packer, progress = pipeline.Packer(lengths, 256), pipeline.Progress()
+  packer, progress = packing.Packer(lengths, 256), packing.Progress()
   updates = sum(lengths) // 256 // 2
   for _ in range(updates):
     _, progress = packer.plan(progress, lengths.__getitem__)
   assert progress.filled / (256 * updates) >= 0.98  # it is 1.0
-  assert len(progress.pending) <= pipeline.LOOK_AHEAD
+  assert len(progress.pending) <= packing.LOOK_AHEAD
+
+
+def edits(lengths, **options):
+  """A cache of edits: list b edits the image 1000 + b, prompt b + 1 says how."""
+  cache = MemoryCache(lengths, **options)
+  source = np.arange(1000, 1000 + len(lengths), dtype=np.int32)
+  cache.lists = dataclasses.replace(cache.lists, source_image=source)
+  return cache
+
+
+def test_edits_show_their_source_in_every_slot():
+  cache = edits([2, 3, 2, 4])
+  batch = next(_batches(cache, slots=11))
+  index_of = {int(key): i for i, key in enumerate(cache.lists.list_id)}
+  wanted = [1000 + index_of[int(key)] for key, _ in batch.identity]
+  shown = batch.conditioning.source_latents
+  assert shown.shape == (11, 2, 2, 2) and shown.dtype == np.float32
+  np.testing.assert_array_equal(shown[:, 0, 0, 0], wanted)
+  # A mirrored image is edited from the mirrored source.
+  batch = next(_batches(cache, slots=11, flip="independent"))
+  mirrored = batch.moments[:, 0, 0, 0] >= cache.image_count
+  assert 0 < mirrored.sum() < 11
+  np.testing.assert_array_equal(
+    batch.conditioning.source_latents[:, 0, 0, 0],
+    np.where(mirrored, cache.image_count, 0)
+    + [1000 + index_of[int(key)] for key, _ in batch.identity],
+  )
+
+
+def test_text_source_and_both_are_withheld_by_one_coin_of_the_list():
+  cache = edits([2] * 400)
+  chances = {"caption_dropout": 0.1, "source_dropout": 0.2, "both_dropout": 0.3}
+  batch = next(_batches(cache, slots=800, **chances))
+  text = batch.conditioning.prompt_embeds[:, 0, 0] == 0
+  source = (batch.conditioning.source_latents == 0).all((1, 2, 3))
+  for row in batch.slot:  # lists are withheld whole
+    assert len({(text[i], source[i]) for i in row}) == 1
+  shares = [np.mean(text & ~source), np.mean(source & ~text), np.mean(text & source)]
+  np.testing.assert_allclose(shares, [0.1, 0.2, 0.3], atol=0.06)  # 2.6 sigma of 400
+  # The coin for the text is the one that lists without a source have.
+  plain = MemoryCache([2] * 400)
+  alone = next(_batches(plain, slots=800, caption_dropout=0.1))
+  dropped = alone.conditioning.prompt_embeds[:, 0, 0] == 0
+  np.testing.assert_array_equal(dropped, text & ~source)
+  with pytest.raises(UserError, match="are no edits"):
+    _batches(plain, source_dropout=0.1)
+  with pytest.raises(UserError, match="at most 1 together"):
+    _batches(cache, caption_dropout=0.8, both_dropout=0.3)
+
+
+def test_noise_repeats_after_so_many_epochs_and_errors_are_read_with_it():
+  cache = MemoryCache([2, 3])
+  store = references.References.empty(cache.lists)
+  store.errors = np.arange(10, dtype=np.float32).reshape(2, 5)
+  batches = _batches(cache, slots=5, draws=2, references=store)
+  index_of = {int(key): i for i, key in enumerate(cache.lists.list_id)}
+  for update, batch in enumerate(_take(batches, 5)):
+    assert set(batch.identity[:, 1]) == {update % 2}
+    first = [cache.lists.offsets[index_of[int(key)]] for key, _ in batch.identity]
+    np.testing.assert_array_equal(
+      batch.ref_err, 5 * (update % 2) + np.array(first) + batch.item
+    )
+  with pytest.raises(UserError, match=r"lacks errors of epoch 2"):
+    _take(_batches(cache, slots=5, references=store), 3)

@@ -1,0 +1,144 @@
+"""The reference job: the reference's errors, once for all runs that share them.
+
+`ref_err` depends on the reference, the lists, the seed and the noising, and not on the
+objective, its options or the optimizer: a sweep over those computes it once, and none of
+its runs holds the reference's weights or runs its forward pass.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from typing import Any
+
+import jax
+import ml_collections
+
+from lpo_jax import console, parallel, pretrained
+from lpo_jax.data import references
+from lpo_jax.data.pipeline import Batches
+from lpo_jax.errors import StoppedEarly, UserError
+from lpo_jax.jobs import blueprint as blueprints
+from lpo_jax.jobs import cache as cache_job
+from lpo_jax.jobs.stops import StopRequests
+from lpo_jax.training import step as step_lib
+
+SAVE_EVERY_S = 60.0
+
+
+def folder_of(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+  """Where the errors are: `data.reference`, or `reference` in the workdir."""
+  return pathlib.Path(config.data.reference or pathlib.Path(workdir) / "reference")
+
+
+def about(config: ml_collections.ConfigDict, batches: Batches) -> dict[str, Any]:
+  """Everything that the reference's errors depend on."""
+  path, data = config.model.path, config.data
+  return {
+    "reference": pretrained.fingerprint(path, "unet"),
+    "schedule": dict(pretrained.scheduler_config(path)),
+    "dtype": config.model.dtype,
+    "noising": config.noising.to_dict(),
+    "seed": config.seed,
+    "lists": batches.get_state()["lists"],
+    "cache": cache_job.expectation(config),
+    **{k: data[k] for k in ("caption_dropout", "flip", "time_ids", "draws")},
+  }
+
+
+def open_for(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, lists: Any, batches: Batches
+) -> references.References:
+  """Opens what the job stored for this config.
+
+  Raises:
+    UserError: it was not run, not for as many updates, or for something else.
+  """
+  folder = folder_of(config, workdir)
+  found = references.read(folder, lists, about(config, batches))
+  if not found or not found.covers(config.train.total_steps, config.data.draws):
+    raise UserError(
+      f"data.reference: {folder} has {'only some of' if found else 'none of'} the "
+      "reference's errors. Run the same command with --job reference first, or set "
+      "data.reference=None to compute them in the step."
+    )
+  return found
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Computes the errors that training will ask for; goes on where it was stopped.
+
+  Args:
+    config: the run's; `data.reference` is where they go.
+    workdir: gets reference/ where that is empty or None.
+
+  Raises:
+    UserError: a method without a reference or with rollouts of its own, a cache or model
+      that cannot be used.
+    StoppedEarly: a signal or a STOP file; what was computed is kept.
+  """
+  workdir = pathlib.Path(workdir)
+  mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+  blueprints.check_settings(config)
+  blueprints.check_reference(config)
+  cache = cache_job.open_for(config, workdir)
+  batches = blueprints.make_batches(config, cache)
+  minutes = config.train.max_minutes
+  stop = StopRequests(workdir, max_minutes=minutes, began=time.monotonic())
+  try:
+    with stop:
+      _compute(config, workdir, mesh, cache, batches, stop)
+  finally:
+    batches.close()
+    cache.close()
+
+
+def _compute(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  mesh: jax.sharding.Mesh,
+  cache: Any,
+  batches: Batches,
+  stop: StopRequests,
+) -> None:
+  """Runs the reference over the updates that training will see, until all is known."""
+  folder, facts = folder_of(config, workdir), about(config, batches)
+  updates, repeat = config.train.total_steps, config.data.draws
+  store = references.read(folder, cache.lists, facts)
+  store = references.References.empty(cache.lists) if store is None else store
+  if store.covers(updates, repeat):
+    console.say(f"the reference's errors are all there: {folder}")
+    return
+  if store.position:
+    batches.set_state(store.position)
+  blueprint = blueprints.make_blueprint(config, mesh)
+  base = pretrained.load(config.model.path, "unet", sharding=blueprint.shardings).params
+  frozen = blueprint.tuning.freeze(base, True)
+  batch = parallel.global_batch(mesh, next(batches))
+  console.say("compiling the reference's pass")
+  compiled = step_lib.compile_reference_errors(
+    mesh, frozen, batch, method=blueprint.method
+  )
+  progress = console.Progress("reference", updates, "updates", start=store.updates)
+  saved = time.monotonic()
+  while True:
+    told = batch.identity, batch.slot, batch.ranking.valid
+    store.add(*parallel.fetch((*told, compiled(frozen, batch))))
+    store.position = batches.get_state()
+    progress.update(store.updates)
+    finished, reason = store.covers(updates, repeat), stop.reason(store.updates)
+    if finished or reason or time.monotonic() - saved > SAVE_EVERY_S:
+      if parallel.is_main_process():
+        references.save(folder, store, facts)
+      parallel.barrier("errors saved")
+      saved = time.monotonic()
+    if finished:
+      break
+    if reason:
+      stop.forget()
+      raise StoppedEarly(
+        f"{reason}: the errors of {store.updates} of {updates} updates are in {folder}. "
+        "The same command goes on from there."
+      )
+    batch = parallel.global_batch(mesh, next(batches))
+  console.say(f"train with --config.data.reference={folder}")
