@@ -67,6 +67,7 @@ def of_lists(lists: RankedLists) -> dict[str, str]:
     lists.weight,
     lists.image,
     lists.prompt,
+    *([] if lists.source_image is None else [lists.source_image]),
   )
   digest = hashlib.sha256()
   for column in columns:

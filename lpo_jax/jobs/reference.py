@@ -15,7 +15,7 @@ import jax
 import ml_collections
 
 from lpo_jax import console, parallel, pretrained
-from lpo_jax.data import references
+from lpo_jax.data import fingerprints, references
 from lpo_jax.data.pipeline import Batches
 from lpo_jax.errors import StoppedEarly, UserError
 from lpo_jax.jobs import blueprint as blueprints
@@ -24,6 +24,10 @@ from lpo_jax.jobs.stops import StopRequests
 from lpo_jax.training import step as step_lib
 
 SAVE_EVERY_S = 60.0
+# What of `data` decides how an item is shown, besides its list.
+DRAWN_BY = (
+  *("caption_dropout", "source_dropout", "both_dropout", "flip", "time_ids", "draws"),
+)
 
 
 def folder_of(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
@@ -31,7 +35,7 @@ def folder_of(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathl
   return pathlib.Path(config.data.reference or pathlib.Path(workdir) / "reference")
 
 
-def about(config: ml_collections.ConfigDict, batches: Batches) -> dict[str, Any]:
+def about(config: ml_collections.ConfigDict, lists: Any) -> dict[str, Any]:
   """Everything that the reference's errors depend on."""
   path, data = config.model.path, config.data
   return {
@@ -40,22 +44,24 @@ def about(config: ml_collections.ConfigDict, batches: Batches) -> dict[str, Any]
     "dtype": config.model.dtype,
     "noising": config.noising.to_dict(),
     "seed": config.seed,
-    "lists": batches.get_state()["lists"],
+    "lists": fingerprints.of_lists(lists),
     "cache": cache_job.expectation(config),
-    **{k: data[k] for k in ("caption_dropout", "flip", "time_ids", "draws")},
+    **{key: data[key] for key in DRAWN_BY},
   }
 
 
 def open_for(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, lists: Any, batches: Batches
-) -> references.References:
-  """Opens what the job stored for this config.
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, cache: Any
+) -> references.References | None:
+  """Opens what the job stored for this config; None if the step computes the errors.
 
   Raises:
     UserError: it was not run, not for as many updates, or for something else.
   """
+  if config.data.reference is None:
+    return None
   folder = folder_of(config, workdir)
-  found = references.read(folder, lists, about(config, batches))
+  found = references.read(folder, cache.lists, about(config, cache.lists))
   if not found or not found.covers(config.train.total_steps, config.data.draws):
     raise UserError(
       f"data.reference: {folder} has {'only some of' if found else 'none of'} the "
@@ -78,7 +84,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     StoppedEarly: a signal or a STOP file; what was computed is kept.
   """
   workdir = pathlib.Path(workdir)
-  mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+  mesh = parallel.make_mesh(
+    config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices
+  )
   blueprints.check_settings(config)
   blueprints.check_reference(config)
   cache = cache_job.open_for(config, workdir)
@@ -102,7 +110,7 @@ def _compute(
   stop: StopRequests,
 ) -> None:
   """Runs the reference over the updates that training will see, until all is known."""
-  folder, facts = folder_of(config, workdir), about(config, batches)
+  folder, facts = folder_of(config, workdir), about(config, cache.lists)
   updates, repeat = config.train.total_steps, config.data.draws
   store = references.read(folder, cache.lists, facts)
   store = references.References.empty(cache.lists) if store is None else store
@@ -111,9 +119,14 @@ def _compute(
     return
   if store.position:
     batches.set_state(store.position)
-  blueprint = blueprints.make_blueprint(config, mesh)
-  base = pretrained.load(config.model.path, "unet", sharding=blueprint.shardings).params
-  frozen = blueprint.tuning.freeze(base, True)
+  inside = config.copy_and_resolve_references()
+  with inside.unlocked():
+    inside.data.reference = None  # here the step's own pass is what is wanted
+  blueprint = blueprints.make_blueprint(inside, mesh)
+  _, frozen = blueprint.begin(
+    pretrained.load(config.model.path, "unet", sharding=blueprint.shardings).params,
+    mesh,
+  )
   batch = parallel.global_batch(mesh, next(batches))
   console.say("compiling the reference's pass")
   compiled = step_lib.compile_reference_errors(
