@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
 import importlib
 import importlib.util
 import json
@@ -22,20 +23,29 @@ from typing import Any
 
 import ml_collections
 
+from lpo_jax import console
 from lpo_jax.errors import StoppedEarly, UserError, nearest, unknown_name
 
 EXIT_DONE, EXIT_USER_ERROR, EXIT_STOPPED_EARLY = 0, 2, 3
+# What a full disk, a quota or a file system that cannot be written to says.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
+# Where a plan is written that belongs to no run yet.
+PLANS = "runs/plan"
 JOBS = (
   "inspect",
   "select",
+  "widen",
   "cache",
+  "reference",
   "train",
   "evaluate",
   "export",
   "generate",
   "quickstart",
   "ablation",
+  "plan",
+  "doctor",
 )
 
 
@@ -181,7 +191,9 @@ def parse(
   parser.add_argument(
     "--config", required=True, help="configs/X.py or configs/X.py:arg"
   )
-  parser.add_argument("--workdir", required=True, help="where the run lives")
+  parser.add_argument(
+    "--workdir", help=f"where the run lives; the job plan may go without: {PLANS}"
+  )
   parser.add_argument("--job", help=f"one of {', '.join(JOBS)}; default config.job")
   flags, rest = parser.parse_known_args(list(argv))
   config = load_config(flags.config)
@@ -199,7 +211,9 @@ def parse(
   job = flags.job or config.job
   if job not in JOBS:
     raise unknown_name("job", job, JOBS)
-  return config, pathlib.Path(flags.workdir), job
+  if flags.workdir is None and job != "plan":
+    parser.error("the following arguments are required: --workdir")
+  return config, pathlib.Path(flags.workdir or PLANS), job
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -214,36 +228,77 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   # Orbax warns of small checkpoints that need no merging, at every save.
   logging.getLogger("absl").setLevel(logging.ERROR)
+  workdir = None
   try:
     config, workdir, job = parse(sys.argv[1:] if argv is None else argv)
     run = importlib.import_module(f"lpo_jax.jobs.{job}").run
-    _prepare(workdir)
-    run(config, workdir)
+    _prepare(workdir, job)
+    from lpo_jax.jobs import stops
+
+    with stops.sigterm_interrupts(job):
+      run(config, workdir)
   except UserError as e:
-    print(f"\nlpo_jax: {e}", file=sys.stderr)
+    print(console.printable(f"\nlpo_jax: {e}"), file=sys.stderr)
     return EXIT_USER_ERROR
   except StoppedEarly as e:
-    print(f"\nlpo_jax: {e}", file=sys.stderr)
+    print(console.printable(f"\nlpo_jax: {e}"), file=sys.stderr)
     return EXIT_STOPPED_EARLY
+  except KeyboardInterrupt as e:  # Ctrl-C, or SIGTERM: see `stops`
+    message = (
+      f"received {str(e) or 'SIGINT'}: stopped, with nothing half-written. What was "
+      f"finished before is kept in {workdir}; the same command goes on from there."
+    )
+    print(console.printable(f"\nlpo_jax: {message}"), file=sys.stderr)
+    return EXIT_STOPPED_EARLY
+  except OSError as e:
+    if e.errno not in NO_ROOM:
+      raise
+    message = (
+      f"cannot write {e.filename or f'to {workdir}'}: {e.strerror}. Expected a place "
+      "that can be written to, with room left. What was finished before is whole: make "
+      "room and give the same command again."
+    )
+    print(console.printable(f"\nlpo_jax: {message}"), file=sys.stderr)
+    return EXIT_USER_ERROR
   return EXIT_DONE
 
 
-def _prepare(workdir: pathlib.Path) -> None:
-  """Joins the other processes, makes the workdir, remembers compilations."""
-  from lpo_jax import parallel
+def _prepare(workdir: pathlib.Path, job: str) -> None:
+  """Joins the other processes, makes the workdir, remembers compilations.
+
+  Raises:
+    UserError: the workdir cannot be made, or jax fell back to the CPU.
+  """
+  from lpo_jax import hardware, parallel, pods
 
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   # transformers regrets at every start that there is no torch; tokenizers need none.
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+  if ":/" in str(workdir):  # what pathlib leaves of a URL
+    raise UserError(
+      f"--workdir {workdir} is no folder but a URL; expected a path. Mount the bucket "
+      "(gcsfuse BUCKET /mnt/BUCKET, which launch/tpu_vm.sh --bucket does on every "
+      "worker) and give a folder in it."
+    )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as e:
     raise UserError(
       f"cannot make --workdir {workdir}: {e}. Expected a place that can be written to."
     ) from e
+  if job not in hardware.JOBS_FOR_ANY_MACHINE:
+    pods.refuse_one_host(os.environ, sys.orig_argv)
   parallel.initialize_distributed()
   import jax
 
+  accelerator = hardware.find_accelerator(os.environ)
+  if accelerator:
+    hardware.refuse_silent_cpu(
+      job,
+      backend=jax.default_backend(),
+      platforms=jax.config.jax_platforms,
+      accelerator=accelerator,
+    )
   if not jax.config.jax_compilation_cache_dir:
     cache = pathlib.Path.home() / ".cache" / "lpo_jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))

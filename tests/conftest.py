@@ -154,14 +154,12 @@ def front_door():
   return call_main
 
 
-@pytest.fixture(scope="session")
-def tiny_world(tmp_path_factory) -> World:
-  """The tiny world, with nothing encoded yet."""
+def make_world(folder: pathlib.Path) -> World:
+  """Writes a tiny pipeline, judgements and a config; nothing is encoded yet."""
   from lpo_jax.configs import quickstart_base
   from lpo_jax.data import sources
   from lpo_jax.jobs import quickstart_base as base_job
 
-  folder = tmp_path_factory.mktemp("tiny_world")
   world = World(
     folder=folder,
     pipeline=folder / "pipeline",
@@ -179,6 +177,12 @@ def tiny_world(tmp_path_factory) -> World:
     CONFIG.format(pipeline=str(world.pipeline), parquet=str(world.parquet)), "utf-8"
   )
   return world
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory) -> World:
+  """The tiny world, with nothing encoded yet."""
+  return make_world(tmp_path_factory.mktemp("tiny_world"))
 
 
 @pytest.fixture(scope="session")

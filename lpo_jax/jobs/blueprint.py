@@ -12,11 +12,14 @@ import ml_collections
 
 from lpo_jax import models, objectives, parallel, pretrained
 from lpo_jax.data.pipeline import Batches
+from lpo_jax.data.references import References
 from lpo_jax.diffusion import noising, schedule, weighting
 from lpo_jax.errors import UserError, unknown_name
-from lpo_jax.jobs import adapters
+from lpo_jax.jobs import adapters, watchdog
+from lpo_jax.training import guard
 from lpo_jax.training import online as online_lib
 from lpo_jax.training import optimizer as optimizer_lib
+from lpo_jax.training import places as places_lib
 from lpo_jax.training import state as state_lib
 from lpo_jax.training import step as step_lib
 from lpo_jax.training.checkpoint import Checkpoints
@@ -32,8 +35,18 @@ LEAST = {
   "clip_norm": 0,
   "checkpoint_every": 1,
   "keep_last": 1,
+  "keep_every": 0,
+  "keep_best": 0,
+  "runaway_steps": 1,
+  "max_rollbacks": 0,
   "log_every": 1,
   "max_minutes": 0,
+}
+# Which weights of a checkpoint: what the run exports, or one of its two sets by name.
+WEIGHTS = {
+  "published": lambda state: state.published,
+  "raw": lambda state: state.params,
+  "ema": lambda state: state.ema,
 }
 
 
@@ -48,6 +61,7 @@ class Blueprint:
     optimizer: the gradient transformation.
     shardings: of the network's weights, by name.
     like: the train state as ShapeDtypeStructs with shardings.
+    places: where all of it lives.
   """
 
   model: models.Model
@@ -56,11 +70,17 @@ class Blueprint:
   optimizer: Any
   shardings: Any
   like: state_lib.TrainState
+  places: places_lib.Places
 
   def begin(self, base: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
     """Makes the trainable tree before the first update, and the frozen one."""
-    frozen = self.tuning.freeze(base, self.method.has_reference)
-    return self.tuning.start(base, mesh), frozen
+    freeze = jax.jit(
+      lambda tree: self.tuning.freeze(tree, self.method.runs_reference),
+      out_shardings=self.places.frozen,
+    )
+    frozen = freeze(base)
+    trainable = jax.device_put(self.tuning.start(base, mesh), self.places.params)
+    return trainable, frozen
 
 
 def make_blueprint(
@@ -89,7 +109,8 @@ def make_blueprint(
     weighting=weighting.get(schedule=forward, **config.weighting),
     weights=tuning.weights,
     microbatch=train.microbatch,
-    unroll=jax.default_backend() == "cpu",
+    unroll=mesh.devices.flat[0].platform == "cpu",
+    stored=config.data.reference is not None,
   )
   optimizer = optimizer_lib.build(
     train.optimizer,
@@ -102,15 +123,96 @@ def make_blueprint(
     on_nonfinite=train.on_nonfinite,
     options=train.optimizer_args,
   )
+  base, has_reference = model.abstract_params, method.runs_reference
+  split = parallel.param_shardings(base, mesh)
+  frozen = jax.eval_shape(lambda tree: tuning.freeze(tree, has_reference), base)
+  how = config.mesh
+  if "ema" in how.offload and not train.ema:
+    raise UserError(
+      f"mesh.offload={tuple(how.offload)}, but train.ema=0: there is no running mean to "
+      "keep in the host's memory; expected mesh.offload without 'ema'."
+    )
+  places = places_lib.settle(
+    mesh,
+    tuning.shapes,
+    frozen,
+    parameters=how.parameters,
+    reference=how.reference,
+    offload=how.offload,
+    is_base=bool(tuning.layout),
+  )
   like = state_lib.placement(
     mesh,
     tuning.shapes,
     optimizer,
     with_ema=train.ema > 0,
-    shardings=parallel.param_shardings(tuning.shapes, mesh),
+    shardings=places.params,
+    mirrors=places.update,
+    ema=places.ema,
   )
-  shardings = parallel.param_shardings(model.abstract_params, mesh)
-  return Blueprint(model, method, tuning, optimizer, shardings, like)
+  method = dataclasses.replace(
+    method,
+    weights=places_lib.in_use(
+      tuning.weights, model, places.frozen if tuning.layout else places.params
+    ),
+    fetch=lambda tree: places_lib.to_device(tree, places.frozen),
+  )
+  shardings = split if tuning.layout else places.params
+  return Blueprint(model, method, tuning, optimizer, shardings, like, places)
+
+
+def make_batches(
+  config: ml_collections.ConfigDict,
+  cache: Any,
+  references: References | None = None,
+) -> Batches:
+  """This process's batches.
+
+  Args:
+    config: the run's.
+    cache: where the images and lists are.
+    references: where the reference's errors are, if they were computed beforehand.
+  """
+  data = config.data
+  return Batches(
+    cache,
+    images_per_update=slots_of_data(config),
+    seed=config.seed,
+    caption_dropout=data.caption_dropout,
+    source_dropout=data.source_dropout,
+    both_dropout=data.both_dropout,
+    flip=data.flip,
+    time_ids=data.time_ids,
+    draws=data.draws,
+    references=references,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+
+
+def check_reference(config: ml_collections.ConfigDict) -> None:
+  """Refuses to store errors where there are none, or where they are not all that counts.
+
+  Raises:
+    UserError: a method without a reference, with rollouts of its own, or whose objective
+      reads more of the reference than its errors.
+  """
+  needs = objectives.get(**config.objective).needs
+  why = {
+    "reads nothing of a reference": "ref_err" not in needs,
+    "reads the drift, which needs the reference's predictions": "drift" in needs,
+  }
+  for reason, holds in why.items():
+    if holds:
+      raise UserError(
+        f"objective.name={config.objective.name!r} {reason}: expected data.reference="
+        "None, and no --job reference."
+      )
+  if config.online:
+    raise UserError(
+      "data.reference cannot be used with `online`: the policy's own samples are not "
+      "known beforehand. Expected data.reference=None."
+    )
 
 
 def slots_of_data(config: ml_collections.ConfigDict) -> int:
@@ -156,6 +258,8 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
   if config.model.dtype not in DTYPES:
     raise unknown_name("model.dtype", config.model.dtype, DTYPES)
   models.Settings(remat=config.model.remat, scan=config.model.scan)
+  mesh = config.mesh
+  places_lib.check(mesh.parameters, mesh.reference, mesh.offload)
   for key, least in LEAST.items():
     if (config.train[key] or 0) < least:  # None stands for 0
       raise UserError(f"train.{key}={config.train[key]}: expected at least {least}.")
@@ -164,6 +268,16 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
       f"train.ema={config.train.ema}: expected a decay from 0 (no mean is kept) to "
       "below 1, such as 0.999."
     )
+  if config.train.keep_best and not config.train.best_metric:
+    raise UserError(
+      f"train.keep_best={config.train.keep_best}, but train.best_metric is empty: "
+      "expected the name of a metric, such as 'implicit_acc', or '-loss' where less is "
+      "better."
+    )
+  if config.data.reference is not None:
+    check_reference(config)
+  guard.check_policies(config.train)
+  watchdog.check_policy(config.train.hang_minutes, config.train.on_hang)
   state_lib.ema_schedule(config.train.ema_schedule, config.train.ema)
   objectives.get(**config.objective)
   noising.get(**config.noising)
@@ -183,6 +297,7 @@ def restore_published(
   workdir: pathlib.Path,
   mesh: jax.sharding.Mesh,
   step: int | None = None,
+  weights: str = "published",
 ) -> tuple[Blueprint, Any, int]:
   """Loads what a run's checkpoint would publish of what it trains.
 
@@ -191,17 +306,31 @@ def restore_published(
     workdir: the run's.
     mesh: where to put the parameters.
     step: which checkpoint; default the latest.
+    weights: "published": its EMA if it has one or else its parameters; "raw": its
+      parameters; "ema".
 
   Returns:
-    The run's blueprint, its EMA if it has one or else its parameters, and their step.
+    The run's blueprint, the weights, and their step.
+
+  Raises:
+    UserError: an unknown kind of weights, or a run without EMA is asked for it.
   """
+  if weights not in WEIGHTS:
+    raise unknown_name("weights of a run", weights, WEIGHTS)
+  if weights == "ema" and not config.train.ema:
+    raise UserError(
+      f"{workdir}: the run keeps no EMA (train.ema=0); expected its weights as 'raw', or "
+      "without a choice."
+    )
+  config = config.copy_and_resolve_references()
+  config.mesh.offload = ()  # what the run's machine had need not be here
   blueprint = make_blueprint(config, mesh)
-  checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.train.keep_last)
+  checkpoints = Checkpoints(workdir / "checkpoints", reading=True)
   try:
     state, _ = checkpoints.restore(blueprint.like, step)
   finally:
     checkpoints.close()
-  return blueprint, state.published, int(state.step)
+  return blueprint, WEIGHTS[weights](state), int(state.step)
 
 
 def trained_params(
@@ -209,6 +338,7 @@ def trained_params(
   workdir: pathlib.Path,
   mesh: jax.sharding.Mesh,
   step: int | None = None,
+  weights: str = "published",
 ) -> tuple[Any, int]:
   """Loads the UNet's weights that a run's checkpoint would publish.
 
@@ -217,11 +347,12 @@ def trained_params(
     workdir: the run's.
     mesh: where to put the parameters.
     step: which checkpoint; default the latest.
+    weights: see `restore_published`.
 
   Returns:
     Parameters as global arrays, and the step they are of.
   """
-  blueprint, trainable, step = restore_published(config, workdir, mesh, step)
+  blueprint, trainable, step = restore_published(config, workdir, mesh, step, weights)
 
   def load_base() -> Any:
     return pretrained.load(
@@ -233,7 +364,7 @@ def trained_params(
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
   """The steps of which a run has checkpoints, ascending."""
-  checkpoints = Checkpoints(workdir / "checkpoints")
+  checkpoints = Checkpoints(workdir / "checkpoints", reading=True)
   try:
     return checkpoints.steps
   finally:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import pathlib
 import time
 from typing import Any
@@ -15,9 +18,11 @@ from lpo_jax.data.pipeline import Batches
 from lpo_jax.errors import StoppedEarly
 from lpo_jax.jobs import blueprint as blueprints
 from lpo_jax.jobs import cache as cache_job
-from lpo_jax.jobs import run_identity
+from lpo_jax.jobs import compiling, reference, run_identity
 from lpo_jax.jobs.sampling import RunSamples
 from lpo_jax.jobs.stops import StopRequests
+from lpo_jax.jobs.watchdog import Watchdog
+from lpo_jax.training import guard as guards
 from lpo_jax.training import online as online_lib
 from lpo_jax.training import state as state_lib
 from lpo_jax.training import step as step_lib
@@ -36,87 +41,87 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     The last metrics, and how long compiling and training took in seconds.
 
   Raises:
-    UserError: a config, cache or model that cannot be used, or a NaN loss.
+    UserError: a config, cache or model that cannot be used, a workdir that holds another
+      run, a NaN or runaway that is to stop the run, or a disk that is full.
     StoppedEarly: a signal, a STOP file or the time budget; the run is saved.
   """
   workdir = pathlib.Path(workdir)
-  mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+  mesh = parallel.make_mesh(
+    config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices
+  )
   train = config.train
   blueprints.check_settings(config)
   step_lib.check_batch_arithmetic(mesh, train.images_per_update, train.microbatch)
-  run_identity.refuse_other_run(config, workdir)
-  checkpoints = Checkpoints(workdir / "checkpoints", keep_last=train.keep_last)
-  if checkpoints.latest is not None and checkpoints.latest >= train.total_steps:
-    console.say(f"already trained to step {checkpoints.latest}: {workdir}")
+  with run_identity.only_session(workdir):
+    run_identity.set_aside_broken_config(workdir)
+    run_identity.refuse_other_run(config, workdir)
+    checkpoints = Checkpoints(
+      workdir / "checkpoints",
+      keep_last=train.keep_last,
+      keep_every=train.keep_every,
+      keep_best=train.keep_best,
+      best_metric=train.best_metric,
+    )
+    try:
+      if checkpoints.latest is not None and checkpoints.latest >= train.total_steps:
+        console.say(f"already trained to step {checkpoints.latest}: {workdir}")
+        run_identity.remember_config(config, workdir)
+        return {"step": checkpoints.latest}
+      with contextlib.closing(cache_job.open_for(config, workdir)) as cache:
+        return _train(config, workdir, mesh, cache, checkpoints)
+    finally:
+      checkpoints.close()
+
+
+def _train(
+  config: Any, workdir: pathlib.Path, mesh: Any, cache: Any, checkpoints: Checkpoints
+) -> dict[str, Any]:
+  """Puts the run together, from its latest checkpoint if it has one, and runs it."""
+  train, latest = config.train, checkpoints.latest
+  prints = run_identity.fingerprint(config, cache.lists)
+  if latest is not None:
+    meta = checkpoints.meta(latest)
+    run_identity.refuse_other_checkpoint(config, prints, meta, workdir)
+  references = reference.open_for(config, workdir, cache)
+  batches = blueprints.make_batches(config, cache, references)
+  with contextlib.closing(batches):
+    blueprint = blueprints.make_blueprint(config, mesh)
+    # No name is given to the base: what neither tree needs of it is let go.
+    trainable, frozen = blueprint.begin(
+      pretrained.load(config.model.path, "unet", sharding=blueprint.shardings).params,
+      mesh,
+    )
+    online = blueprints.make_online(config, mesh, blueprint, frozen, batches)
+    # Only now: what cannot start claims no workdir.
     run_identity.remember_config(config, workdir)
-    checkpoints.close()
-    return {"step": checkpoints.latest}
-
-  cache = cache_job.open_for(config, workdir)
-  batches = Batches(
-    cache,
-    images_per_update=blueprints.slots_of_data(config),
-    seed=config.seed,
-    caption_dropout=config.data.caption_dropout,
-    flip=config.data.flip,
-    time_ids=config.data.time_ids,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-  blueprint = blueprints.make_blueprint(config, mesh)
-  # No name is given to the base: what neither tree needs of it is let go.
-  trainable, frozen = blueprint.begin(
-    pretrained.load(config.model.path, "unet", sharding=blueprint.shardings).params,
-    mesh,
-  )
-  online = blueprints.make_online(config, mesh, blueprint, frozen, batches)
-  run_identity.remember_config(
-    config, workdir
-  )  # only now: what cannot start claims no workdir
-  start = 0
-  if checkpoints.latest is None:
-    state = state_lib.place(
-      mesh,
-      trainable,
-      blueprint.optimizer,
-      with_ema=train.ema > 0,
-      shardings=jax.tree.map(lambda x: x.sharding, trainable),
+    guard = guards.Guard(factor=train.runaway_factor, steps=train.runaway_steps)
+    if latest is None:
+      state = state_lib.place(blueprint.like, trainable, blueprint.optimizer)
+    else:
+      state, meta = checkpoints.restore(blueprint.like, latest)
+      batches.set_state(meta["data"])
+      online.restore(checkpoints.restore_online(online.like, latest))
+      if "guard" in meta:
+        guard.set_state(meta["guard"])
+      console.say(f"resuming from step {latest} of {train.total_steps}")
+    del trainable
+    say_arithmetic(config, mesh, cache, batches)
+    session = Session(
+      config=config,
+      workdir=workdir,
+      mesh=mesh,
+      blueprint=blueprint,
+      frozen=frozen,
+      batches=batches,
+      online=online,
+      checkpoints=checkpoints,
+      guard=guard,
+      identity=run_identity.describe(config, prints),
+      state=state,
     )
-  else:
-    state, meta = checkpoints.restore(blueprint.like)
-    batches.set_state(meta["data"])
-    start = int(state.step)
-    online.restore(checkpoints.restore_online(online.like, start))
-    console.say(f"resuming from step {start} of {train.total_steps}")
-  say_arithmetic(config, mesh, cache, batches)
-
-  report = Report(
-    workdir,
-    total_steps=train.total_steps,
-    images_per_update=train.images_per_update,
-    start_step=start,
-    every=train.log_every,
-    label=f"training {config.objective.name}",
-    on_nonfinite=train.on_nonfinite,
-  )
-  try:
-    return _loop(
-      config,
-      workdir,
-      mesh,
-      blueprint,
-      state,
-      frozen,
-      batches,
-      online,
-      checkpoints,
-      report,
-    )
-  finally:
-    report.close()
-    checkpoints.close()
-    batches.close()
-    cache.close()
+    del state  # the session's alone: each step donates it
+    with contextlib.closing(session.report):
+      return session.run()
 
 
 def say_arithmetic(config: Any, mesh: Any, cache: Any, batches: Batches) -> None:
@@ -146,79 +151,223 @@ def say_drawn(batches: Batches) -> None:
     console.say(f"drawn: {'; '.join(sources)}")
 
 
-def _loop(
-  config: Any,
-  workdir: pathlib.Path,
-  mesh: Any,
-  blueprint: blueprints.Blueprint,
-  state: state_lib.TrainState,
-  frozen: Any,
-  batches: Batches,
-  online: online_lib.Offline | online_lib.Online,
-  checkpoints: Checkpoints,
-  report: Report,
-) -> dict[str, Any]:
-  """Runs updates until the end or a reason to stop."""
-  train, began = config.train, time.monotonic()
-  stop = StopRequests(workdir, max_minutes=train.max_minutes, began=began)
-  samples = RunSamples(config, workdir, mesh) if config.eval.every else None
-  step = int(state.step)
-  position = batches.get_state()
-  batch = parallel.global_batch(mesh, next(batches))
-  console.say("compiling the train step (once; the compiled step is kept for later)")
-  compiled = step_lib.compile_train_step(
-    mesh,
-    state,
-    frozen,
-    online.completed(batch),
-    method=blueprint.method,
-    optimizer=blueprint.optimizer,
-    ema_decay=state_lib.ema_schedule(train.ema_schedule, train.ema),
-  )
-  compile_seconds = time.monotonic() - began
-  console.say(f"compiled in {compile_seconds:.0f} s")
-  report.restart_clock()
-  began_training = time.monotonic()
+@dataclasses.dataclass
+class Session:
+  """One process's part of a run, from here to the end or a reason to stop.
 
-  def save() -> None:
-    report.flush()  # a NaN of the last step stops the run before it is saved
-    checkpoints.save(state, {"data": position}, online=online.saved)
+  Attributes:
+    config: the run's.
+    workdir: the run's.
+    mesh: the run's.
+    blueprint: the run's.
+    frozen: what no step changes.
+    batches: stands before the next update.
+    online: likewise.
+    checkpoints: of the workdir.
+    guard: has seen every step before.
+    identity: whose the checkpoints are.
+    state: after the last update.
+  """
 
-  with stop:
-    while step < train.total_steps:
-      batch = online.complete(batch, state.params, step)
-      state, metrics = compiled(state, frozen, batch)
-      step += 1
-      report.push(step, {**metrics, **online.metrics})
-      position = batches.get_state()  # of the first batch not yet trained on
-      if step < train.total_steps:
-        waiting = time.perf_counter()
-        batch = parallel.global_batch(mesh, next(batches))
-        report.data_wait(time.perf_counter() - waiting)
-      if samples and step % config.eval.every == 0:
-        weights = blueprint.tuning.outside(state.published, frozen)
-        report.image("samples", samples.draw(weights, step), step)
+  config: Any
+  workdir: pathlib.Path
+  mesh: Any
+  blueprint: blueprints.Blueprint
+  frozen: Any
+  batches: Batches
+  online: online_lib.Offline | online_lib.Online
+  checkpoints: Checkpoints
+  guard: guards.Guard
+  identity: dict[str, Any]
+  state: state_lib.TrainState
+
+  def __post_init__(self):
+    config, train = self.config, self.config.train
+    self._began = time.monotonic()
+    self._step = int(self.state.step)
+    # Steps are judged one step late, and what a rollback leaves out ends with the step
+    # that was judged: step -> where the data stood after it.
+    self._positions = {self._step: self.batches.get_state()}
+    self._stop = StopRequests(
+      self.workdir, max_minutes=train.max_minutes, began=self._began, in_step=True
+    )
+    self._watchdog = Watchdog(
+      self.workdir, minutes=train.hang_minutes, on_hang=train.on_hang
+    )
+    self._samples = (
+      RunSamples(config, self.workdir, self.mesh) if config.eval.every else None
+    )
+    self.report = Report(
+      self.workdir,
+      total_steps=train.total_steps,
+      images_per_update=train.images_per_update,
+      start_step=self._step,
+      every=train.log_every,
+      label=f"training {config.objective.name}",
+      on_nonfinite=train.on_nonfinite,
+      watch=self._judge,
+    )
+
+  def run(self) -> dict[str, Any]:
+    """Runs updates; returns the last metrics and where the time went."""
+    total = self.config.train.total_steps
+    self._batch = self._next_batch()
+    compiled = self._compile()
+    compile_seconds = time.monotonic() - self._began
+    self.report.restart_clock()
+    began_training = time.monotonic()
+    if guards.goes_back(self.config.train) and self.checkpoints.latest is None:
+      self._save()  # what to go back to, before there is any other
+    with self._stop, self._watchdog:
+      while self._step < total:
+        try:
+          self._update(compiled)
+          self._between()
+        except guards.GoBack as e:
+          self._go_back(e.finding)
+    self.checkpoints.wait()
+    say_drawn(self.batches)
+    return {
+      "step": self._step,
+      **self.report.last,
+      "compile_seconds": compile_seconds,
+      "train_seconds": time.monotonic() - began_training,
+      "rollouts_seconds": self.online.seconds,  # of train_seconds
+      "epochs": self.batches.epochs_seen,
+      "slot_utilisation": self.batches.utilisation,
+      "drawn": self.batches.drawn,
+    }
+
+  def _compile(self) -> Any:
+    train = self.config.train
+    with compiling.said(self.workdir, "train step"):
+      return step_lib.compile_train_step(
+        self.mesh,
+        self.state,
+        self.frozen,
+        self.online.completed(self._batch),
+        method=self.blueprint.method,
+        optimizer=self.blueprint.optimizer,
+        ema_decay=state_lib.ema_schedule(train.ema_schedule, train.ema),
+        places=self.blueprint.places,
+      )
+
+  def _next_batch(self) -> Any:
+    return parallel.global_batch(self.mesh, next(self.batches))
+
+  def _update(self, compiled: Any) -> None:
+    """One update, and the batch of the next."""
+    batch = self.online.complete(self._batch, self.state.params, self._step)
+    with jax.transfer_guard("disallow"):  # whatever moves has been moved on purpose
+      self.state, metrics = compiled(self.state, self.frozen, batch)
+    self._step += 1
+    self._positions[self._step] = self.batches.get_state()
+    self._positions.pop(self._step - 3, None)
+    lowered = {}
+    if self.guard.rollbacks:
+      lowered = {"lr_scale": self.guard.scale, "rollbacks": self.guard.rollbacks}
+    self.report.push(self._step, {**metrics, **self.online.metrics, **lowered})
+    self._watchdog.beat(f"step {self._step + 1}")
+    if self._step < self.config.train.total_steps:
+      waiting = time.perf_counter()
+      self._batch = self._next_batch()
+      self.report.data_wait(time.perf_counter() - waiting)
+
+  def _between(self) -> None:
+    """What may happen after an update: samples, a checkpoint, a stop."""
+    step, train = self._step, self.config.train
+    if self._samples and step % self.config.eval.every == 0:
+      with self._watchdog.paused():
+        weights = self.blueprint.tuning.outside(self.state.published, self.frozen)
+        self.report.image("samples", self._samples.draw(weights, step), step)
         del weights  # a whole network, where factors are trained
-        report.restart_clock()
-      reason = stop.reason(step)
-      if reason or step == train.total_steps or step % train.checkpoint_every == 0:
-        save()
-      if reason and step < train.total_steps:
-        checkpoints.wait()
-        stop.forget()
-        raise StoppedEarly(
-          f"{reason}: saved step {step} of {train.total_steps} in {workdir}. The same "
-          "command goes on from there."
-        )
-  checkpoints.wait()
-  say_drawn(batches)
-  return {
-    "step": step,
-    **report.last,
-    "compile_seconds": compile_seconds,
-    "train_seconds": time.monotonic() - began_training,
-    "rollouts_seconds": online.seconds,  # of train_seconds
-    "epochs": batches.epochs_seen,
-    "slot_utilisation": batches.utilisation,
-    "drawn": batches.drawn,
-  }
+        self.report.restart_clock()
+    reason = self._stop.reason(step)
+    if reason or step == train.total_steps or step % train.checkpoint_every == 0:
+      self._save()
+    if reason and step < train.total_steps:
+      self.checkpoints.wait()
+      self._stop.forget()
+      raise StoppedEarly(
+        f"{reason}: saved step {step} of {train.total_steps} in {self.workdir}. The same "
+        "command goes on from there."
+      )
+
+  def _save(self, scores: dict[str, float] | None = None) -> None:
+    """Starts a checkpoint of the last update; `scores` are for train.best_metric."""
+    self.report.flush()  # what is wrong with the last step is found before it is saved
+    meta = {
+      "data": self._positions[self._step],
+      "guard": self.guard.get_state(),
+      **self.identity,
+    }
+    metrics = {**self.report.take_means(), **(scores or {})}
+    self.checkpoints.save(
+      self.state, meta, online=self.online.saved, metrics=metrics or None
+    )
+
+  def _judge(self, step: int, values: dict[str, float]) -> None:
+    """Acts on what the guard finds, as the run's policies say."""
+    train = self.config.train
+    finding = self.guard.observe(step, values)
+    if finding is None:
+      return
+    nonfinite = finding.kind == "nonfinite"
+    policy = train.on_nonfinite if nonfinite else train.on_runaway
+    if policy == "rollback":
+      raise guards.GoBack(finding)
+    if nonfinite:  # "stop" and "skip" are the report's
+      return
+    if policy == "stop":
+      raise guards.runaway_error(finding)
+    if policy == "warn":
+      console.warn(f"{finding.words}; train.on_runaway says what is done about it")
+
+  def _go_back(self, finding: guards.Finding) -> None:
+    """Goes on from the last good checkpoint: a lower rate, the data after the finding.
+
+    All of it follows from what that checkpoint holds. A run that is killed between here
+    and its next save comes here again, to the same numbers.
+    """
+    train = self.config.train
+    self.checkpoints.wait()
+    good = guards.good_checkpoints(self.checkpoints.steps, finding)
+    if self.guard.rollbacks >= train.max_rollbacks or not good:
+      raise guards.no_way_back(finding, train.max_rollbacks if good else None)
+    step = good[-1]
+    self.state = None  # two states may not fit
+    self.state, meta = self.checkpoints.restore(self.blueprint.like, step)
+    self.online.restore(self.checkpoints.restore_online(self.online.like, step))
+    self.checkpoints.forget_after(step)
+    self.guard.went_back(meta["guard"], train.rollback_factor)
+    self.state = dataclasses.replace(
+      self.state,
+      lr_scale=parallel.put(np.float32(self.guard.scale), self.state.lr_scale.sharding),
+    )
+    position = self._positions[finding.step]
+    self.batches.set_state(position)
+    self._step, self._positions = step, {step: position}
+    self.report.rewind(step)
+    self._batch = self._next_batch()
+    console.warn(
+      f"{finding.words}: back to step {step} with the learning rate times "
+      f"{self.guard.scale:g} (rollback {self.guard.rollbacks} of at most "
+      f"{train.max_rollbacks}); the data goes on after step {finding.step}"
+    )
+    self._write_down(finding, step)
+
+  def _write_down(self, finding: guards.Finding, step: int) -> None:
+    """Adds the rollback to rollbacks.jsonl; one that is come to again, once."""
+    if not parallel.is_main_process():
+      return
+    number = self.guard.rollbacks
+    file = self.workdir / "rollbacks.jsonl"
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    row = {
+      "rollback": number,
+      "to_step": step,
+      "lr_scale": self.guard.scale,
+      "time": round(time.time(), 3),
+      **dataclasses.asdict(finding),
+    }
+    file.write_text("\n".join([*lines[: number - 1], json.dumps(row)]) + "\n", "utf-8")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,7 +39,8 @@ class Report:
     every: write every so many steps.
     label: what the live line calls the run.
     on_nonfinite: "stop" raises on a NaN, "skip" counts it, and raises when more than
-      `SKIPS_IN_A_ROW` follow each other.
+      `SKIPS_IN_A_ROW` follow each other; "rollback" leaves it to `watch`.
+    watch: gets every step's number and values, in order; may raise.
   """
 
   def __init__(
@@ -50,7 +53,9 @@ class Report:
     every: int = 1,
     label: str = "training",
     on_nonfinite: str = "stop",
+    watch: Callable[[int, dict[str, float]], None] | None = None,
   ):
+    self._watch = watch
     self._images, self._every = images_per_update, every
     self._on_nonfinite = on_nonfinite
     self._total = total_steps
@@ -60,17 +65,38 @@ class Report:
     self._waited, self._written = 0.0, start_step
     self.skipped, self._in_a_row = 0, 0
     self.last: dict[str, float] = {}
+    self._sums: dict[str, tuple[float, int]] = {}
+    self._workdir = workdir
     self._jsonl = self._board = None
-    if parallel.is_main_process():
-      from tensorboardX import SummaryWriter
+    self._open(start_step)
 
-      workdir.mkdir(parents=True, exist_ok=True)
-      path = workdir / "metrics.jsonl"
-      _forget_after(path, start_step)
-      self._jsonl = path.open("a", encoding="utf-8")
-      self._board = SummaryWriter(
-        str(workdir / "tensorboard"), purge_step=start_step + 1
-      )
+  def _open(self, step: int) -> None:
+    """Opens the files, without what they say of later steps."""
+    if not parallel.is_main_process():
+      return
+    from tensorboardX import SummaryWriter
+
+    self._workdir.mkdir(parents=True, exist_ok=True)
+    path = self._workdir / "metrics.jsonl"
+    _forget_after(path, step)
+    self._jsonl = path.open("a", encoding="utf-8")
+    board = str(self._workdir / "tensorboard")
+    self._board = SummaryWriter(board, purge_step=step + 1)
+
+  def rewind(self, step: int) -> None:
+    """Goes on after `step`: what was written or is pending of later ones is forgotten."""
+    self._pending, self._sums, self._in_a_row = None, {}, 0
+    self.close()
+    self._open(step)
+    self._written = self._clock_step = step
+    self._progress.update(step)
+    self.restart_clock()
+
+  def take_means(self) -> dict[str, float]:
+    """Returns the mean of every finite metric since this was last called."""
+    means = {name: total / count for name, (total, count) in self._sums.items()}
+    self._sums = {}
+    return means
 
   def data_wait(self, seconds: float) -> None:
     """Adds time the step had to wait for its batch."""
@@ -109,6 +135,10 @@ class Report:
     watched = ("loss", "grad_norm")
     bad = [n for n in watched if n in values and not math.isfinite(values[n])]
     self._written = step
+    for name, value in values.items():
+      if math.isfinite(value):
+        total, count = self._sums.get(name, (0.0, 0))
+        self._sums[name] = (total + value, count + 1)
     self._in_a_row = self._in_a_row + 1 if bad else 0
     if bad and self._on_nonfinite == "skip":
       self.skipped += 1
@@ -125,14 +155,18 @@ class Report:
     if bad and self._on_nonfinite == "stop":
       raise NonFiniteLoss(
         f"{bad[0]} became {values[bad[0]]} at step {step}. The last checkpoint is from "
-        "before. In a new --workdir, lower train.learning_rate or objective.beta, or "
-        "set train.on_nonfinite='skip' to drop such updates."
+        "before. Give the same command with train.on_nonfinite='rollback' to go back to "
+        "it with a lower learning rate; or begin in a new --workdir with a lower "
+        "train.learning_rate or objective.beta, or with train.on_nonfinite='skip' to "
+        "drop such updates."
       )
     if self._in_a_row > SKIPS_IN_A_ROW:
       raise NonFiniteLoss(
         f"{bad[0]} was not finite for {self._in_a_row} steps in a row, up to step {step}; "
         "all were skipped. Lower train.learning_rate or objective.beta."
       )
+    if self._watch is not None:
+      self._watch(step, values)
 
   def _record(self, step: int, values: dict[str, Any]) -> None:
     if self._jsonl is not None:
@@ -166,7 +200,10 @@ def _forget_after(path: pathlib.Path, step: int) -> None:
   kept = [row for row in read_metrics(path) if row["step"] <= step]
   text = "".join(json.dumps(row) + "\n" for row in kept)
   if text != path.read_text("utf-8"):
-    path.write_text(text, encoding="utf-8")
+    # Whole or not at all: a kill in between would lose what is kept.
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:

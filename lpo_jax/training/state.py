@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from lpo_jax import parallel
 from lpo_jax.errors import unknown_name
+from lpo_jax.training.places import to_device
 from lpo_jax.types import Array, Params
 
 
@@ -27,17 +28,20 @@ class TrainState:
     params: fp32 master weights of the policy.
     opt_state: optax' state.
     ema: fp32 running mean of `params`, or None.
+    lr_scale: [] fp32, 1 until a rollback lowers it: multiplies the learning rate.
   """
 
   step: Array
   params: Params
   opt_state: Any
   ema: Params | None
+  lr_scale: Array
 
   @property
   def published(self) -> Params:
     """What the run draws with and exports: the running mean where there is one."""
-    return self.params if self.ema is None else self.ema
+    weights = self.params if self.ema is None else self.ema
+    return to_device(weights, jax.tree.map(lambda x: x.sharding, weights))
 
 
 def _ramp(decay: float) -> optax.Schedule:
@@ -75,6 +79,7 @@ def create(
     params=params,
     opt_state=optimizer.init(params),
     ema=jax.tree.map(jnp.copy, params) if with_ema else None,
+    lr_scale=jnp.ones((), jnp.float32),
   )
 
 
@@ -85,46 +90,48 @@ def placement(
   *,
   with_ema: bool,
   shardings: Any,
+  mirrors: Any = None,
+  ema: Any = None,
 ) -> TrainState:
-  """Describes the state on the mesh, optimizer slots beside their parameters.
+  """Describes the state on the mesh.
 
   Args:
     mesh: from `parallel.make_mesh`.
     params: arrays or ShapeDtypeStructs.
     optimizer: from `optimizer.build`.
     with_ema: keep a running mean of the parameters.
-    shardings: `parallel.param_shardings` of the params.
+    shardings: of the params.
+    mirrors: of the optimizer's slots, by the parameter that they belong to; default: they
+      lie beside it.
+    ema: of the running mean; default: beside the slots.
 
   Returns:
     A state of ShapeDtypeStructs with shardings: what a checkpoint is restored onto.
   """
   init = functools.partial(create, optimizer=optimizer, with_ema=with_ema)
   abstract = jax.eval_shape(init, params)
-  where = parallel.state_shardings(abstract, params, mesh, shardings)
+  mirrors = shardings if mirrors is None else mirrors
+  where = dataclasses.replace(
+    parallel.state_shardings(abstract, params, mesh, mirrors),
+    params=shardings,
+    ema=(mirrors if ema is None else ema) if with_ema else None,
+  )
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where
   )
 
 
 def place(
-  mesh: Mesh,
-  params: Params,
-  optimizer: optax.GradientTransformation,
-  *,
-  with_ema: bool,
-  shardings: Any,
+  like: TrainState, params: Params, optimizer: optax.GradientTransformation
 ) -> TrainState:
   """Builds the state before the first update where `placement` says.
 
   Without explicit shardings a jit'd initialiser would replicate the optimizer's slots.
 
   Args:
-    mesh: from `parallel.make_mesh`.
-    params: global arrays, placed by `shardings`.
+    like: from `placement`.
+    params: global arrays, placed as there.
     optimizer: from `optimizer.build`.
-    with_ema: keep a running mean of the parameters.
-    shardings: `parallel.param_shardings` of the params.
   """
-  like = placement(mesh, params, optimizer, with_ema=with_ema, shardings=shardings)
-  init = functools.partial(create, optimizer=optimizer, with_ema=with_ema)
+  init = functools.partial(create, optimizer=optimizer, with_ema=like.ema is not None)
   return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, like))(params)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +219,143 @@ def test_a_save_that_was_cut_short_is_not_a_checkpoint(world, tmp_path):
   assert bits(reopened.restore(make_state(world))[0]) == bits(
     make_state(world, step=1, seed=1)
   )
+  reopened.close()
+
+
+def test_a_reader_leaves_alone_what_is_being_written(world, tmp_path):
+  """An evaluation beside a run must not take the run's half-written checkpoint away."""
+  half = tmp_path / "2.orbax-checkpoint-tmp"
+  half.mkdir()
+  Checkpoints(tmp_path, reading=True).close()
+  assert half.exists()
+  Checkpoints(tmp_path).close()
+  deadline = time.monotonic() + 20  # it is taken away in the background
+  while half.exists() and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert not half.exists()
+
+
+def kept(tmp_path, world, scores, **options):
+  """The steps left of checkpoints 1, 2, ... with these scores."""
+  opened = Checkpoints(tmp_path, **options)
+  for step, score in enumerate(scores, 1):
+    metrics = None if score is None else {"score": score, "other": -score}
+    opened.save(make_state(world, step=step), {}, metrics=metrics)
+  opened.close()
+  reopened = Checkpoints(tmp_path, reading=True)
+  steps = reopened.steps
+  reopened.close()
+  return steps
+
+
+@pytest.mark.parametrize(
+  ("options", "steps"),
+  [
+    ({"keep_last": 1, "keep_every": 3}, [3, 6, 7]),
+    ({"keep_last": 1, "keep_best": 2, "best_metric": "score"}, [2, 5, 7]),
+    ({"keep_last": 1, "keep_best": 2, "best_metric": "-score"}, [1, 4, 7]),
+    (
+      {"keep_last": 2, "keep_every": 4, "keep_best": 1, "best_metric": "other"},
+      [1, 4, 6, 7],
+    ),
+  ],
+)
+def test_what_is_kept(world, tmp_path, options, steps):
+  scores = [0.1, 0.9, None, 0.2, 0.8, 0.3, 0.5]
+  assert kept(tmp_path, world, scores, **options) == steps
+
+
+def test_a_run_that_went_back_forgets_what_came_after(world, checkpoints):
+  for step in (1, 2):
+    checkpoints.save(make_state(world, step=step, seed=step), {"step": step})
+  checkpoints.forget_after(1)
+  assert checkpoints.steps == [1]
+  checkpoints.save(make_state(world, step=2, seed=7), {"step": "again"})
+  checkpoints.wait()
+  restored, meta = checkpoints.restore(make_state(world))
+  assert meta == {"step": "again"}
+  assert bits(restored) == bits(make_state(world, step=2, seed=7))
+
+
+def test_a_checkpoint_from_before_there_were_rollbacks_opens(
+  world, tmp_path, monkeypatch
+):
+  """It has no lr_scale, which was 1 then."""
+  saved = make_state(world, step=3, seed=1)
+  opened = Checkpoints(tmp_path)
+  named = trees.named_leaves
+  with monkeypatch.context() as then:
+    old = lambda tree: {n: x for n, x in named(tree).items() if n != "lr_scale"}  # noqa: E731
+    then.setattr("lpo_jax.training.checkpoint.trees.named_leaves", old)
+    opened.save(saved, {})
+    opened.wait()
+  restored, _ = opened.restore(make_state(world))
+  opened.close()
+  assert restored.lr_scale == 1 and restored.lr_scale.dtype == jnp.float32
+  mine, theirs = bits(restored), bits(saved)
+  assert mine.pop("lr_scale") != theirs.pop("lr_scale")
+  assert mine == theirs
+
+
+def largest_file(folder):
+  return max(
+    (p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+  )
+
+
+@pytest.mark.parametrize("damage", ["cut short", "gone", "meta"])
+def test_a_damaged_checkpoint_is_named_with_the_way_out(world, tmp_path, damage):
+  folder = tmp_path / "checkpoints"
+  opened = Checkpoints(folder)
+  for step in (1, 2):
+    opened.save(make_state(world, step=step, seed=step), {"step": step})
+  opened.close()
+  if damage == "gone":
+    shutil.rmtree(folder / "2" / "state")
+  else:
+    file = largest_file(folder / "2" / ("meta" if damage == "meta" else "state"))
+    file.write_bytes(file.read_bytes()[:-20])
+  opened = Checkpoints(folder)
+  away = tmp_path / "damaged-checkpoint-2"
+  with pytest.raises(UserError) as refusal:
+    opened.restore(make_state(world))
+  opened.close()
+  assert refusal.match(r"checkpoint 2 in .* cannot be read")
+  assert refusal.match(r".*To go on from the one before, 1, move it out of the way")
+  assert f"(mv '{folder / '2'}' '{away}')" in str(refusal.value)
+  (folder / "2").rename(away)  # as told
+  opened = Checkpoints(folder)
+  restored, meta = opened.restore(make_state(world))
+  opened.close()
+  assert meta == {"step": 1}
+  assert bits(restored) == bits(make_state(world, step=1, seed=1))
+
+
+def test_a_disk_without_room_leaves_the_last_good_checkpoint_good(world, tmp_path):
+  """The system refuses to write more than a few bytes to any file."""
+  resource = pytest.importorskip("resource")
+  opened = Checkpoints(tmp_path)
+  opened.save(make_state(world, step=1, seed=1), {"step": 1})
+  opened.wait()
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+  try:
+    with pytest.raises(UserError, match="cannot save") as refusal:
+      opened.save(make_state(world, step=2, seed=2), {"step": 2})
+      opened.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  opened.close()
+  assert refusal.match("room left; checkpoint 1 is whole. Make room")
+  reopened = Checkpoints(tmp_path)
+  assert reopened.latest == 1
+  restored, meta = reopened.restore(make_state(world))
+  assert meta == {"step": 1}
+  assert bits(restored) == bits(make_state(world, step=1, seed=1))
+  reopened.save(make_state(world, step=2, seed=2), {"step": 2})  # there is room again
+  reopened.close()
+  reopened = Checkpoints(tmp_path, reading=True)
+  assert reopened.restore(make_state(world))[1] == {"step": 2}
   reopened.close()
 
 

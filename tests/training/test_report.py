@@ -257,3 +257,42 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
     report.flush()
   report.close()
   assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_goes_back_writes_its_steps_again(open_report, tmp_path):
+  report = open_report()
+  for step in range(1, 6):
+    report.push(step, metrics(step))
+  report.rewind(2)  # step 5 is pending: it is forgotten too
+  assert steps(tmp_path) == [1, 2]
+  for step in (3, 4):
+    report.push(step, metrics(10 * step))
+  report.flush()
+  assert [row["loss"] for row in rows(tmp_path)] == [1, 2, 30, 40]
+
+
+def test_every_step_is_shown_to_who_watches_in_order(open_report):
+  seen = []
+  report = open_report(
+    every=100,
+    on_nonfinite="rollback",
+    watch=lambda step, values: seen.append((step, values["loss"])),
+  )
+  report.push(1, metrics(1.5))
+  assert seen == []  # one step late
+  report.push(2, metrics(np.nan))
+  report.flush()  # of a policy that is not its own it says nothing
+  assert seen[0] == (1, 1.5)
+  assert seen[1][0] == 2 and math.isnan(seen[1][1])
+
+
+def test_the_means_are_of_what_is_finite_since_last_time(open_report):
+  report = open_report(on_nonfinite="skip")
+  for step, loss in enumerate([1.0, 3.0, np.nan, 5.0], 1):
+    report.push(step, metrics(loss, acc=step))
+  report.flush()
+  assert report.take_means() == {"loss": 3.0, "acc": 2.5}
+  report.push(5, metrics(7.0))
+  report.flush()
+  assert report.take_means() == {"loss": 7.0}
+  assert report.take_means() == {}
