@@ -1,34 +1,37 @@
 """Compiles full-size train steps: a table of docs/performance.md.
 
   python benchmarks/compile_times.py --model sdxl --target cpu
-  python benchmarks/compile_times.py --model sdxl --target v5p:2x2x1 --scan none
+  python benchmarks/compile_times.py --model sd15 --target v5p:2x2x1 --images 8 \
+    --remat none --attention auto --effort quick
 
 The real step (LPO, policy and reference, AdamW, bf16 activations) on abstract arrays:
 no weights, no accelerator. A TPU target needs the `tpu` extra, and with it only the
 compiler of that TPU: JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1. Prints one row, and with
 --table adds it to that file. A step of SDXL takes minutes and 10 GB of memory.
 
-FLOPs are those of the products and convolutions in the traced program, loops times
-their length: what the backward pass computes again is in them.
+TFLOPs an image are those of the products and convolutions in the traced program, loops
+times their length: what the backward pass computes again is in them, and kernels. The
+last three columns are the compiler's own, for one chip: its kernels (custom calls) have
+neither FLOPs nor seconds there. `--effort quick` is what the plan job compiles with.
 """
 
 import argparse
 import json
-import math
 import pathlib
 import time
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 from jax.experimental import topologies
 
 from lpo_jax import models, objectives, parallel
 from lpo_jax.diffusion import noising, schedule
-from lpo_jax.training import optimizer, state, step
+from lpo_jax.jobs.plan_step import EFFORTS
+from lpo_jax.training import flops, optimizer, state, step
 from lpo_jax.types import Batch, Conditioning, Ranking
 
 HERE = pathlib.Path(__file__).resolve().parent
+ARCHITECTURES = HERE.parent / "lpo_jax" / "assets" / "architectures"
 # Resolution in pixels: what each was trained at.
 MODELS = {"sd15": 512, "sd21": 768, "sdxl": 1024, "ssd1b": 1024}
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -38,6 +41,8 @@ COLUMNS = (
   "images a device",
   "remat",
   "scan",
+  "attention",
+  "effort",
   "TFLOPs an image",
   "StableHLO operations",
   "trace + lower, s",
@@ -46,13 +51,18 @@ COLUMNS = (
   "HLO instructions",
   "arguments, GiB",
   "temporaries, GiB",
+  "TFLOP a chip",
+  "GB accessed",
+  "estimate, s",
 )
+# A hint to the compiler, which its estimate takes for -1 second.
+WITHOUT_ESTIMATE = 'custom_call_target="AssumeGatherIndicesInBound"'
 LIST_SIZE = 2
 
 
 def read_config(name: str) -> dict:
   """The fields of the real config.json."""
-  return json.loads((HERE / "architectures" / f"{name}_unet.json").read_text("utf-8"))
+  return json.loads((ARCHITECTURES / f"{name}_unet.json").read_text("utf-8"))
 
 
 def lowest_resolution(config: dict) -> dict:
@@ -158,26 +168,6 @@ def trace(arguments: argparse.Namespace) -> jax.stages.Traced:
   )
 
 
-def count_flops(jaxpr) -> int:
-  """Twice the multiplications of all matrix products and convolutions."""
-  total = 0
-  for equation in jaxpr.eqns:
-    sizes = [
-      getattr(x.aval, "shape", ()) for x in (*equation.invars, *equation.outvars)
-    ]
-    if equation.primitive is jax.lax.dot_general_p:
-      contracted = equation.params["dimension_numbers"][0][0]
-      total += 2 * math.prod(sizes[2]) * math.prod(sizes[0][i] for i in contracted)
-    elif equation.primitive is jax.lax.conv_general_dilated_p:
-      kernel = equation.params["dimension_numbers"].rhs_spec
-      taps = math.prod(sizes[1]) // sizes[1][kernel[0]]
-      total += 2 * math.prod(sizes[2]) * taps
-    length = equation.params["length"] if equation.primitive.name == "scan" else 1
-    for inner in jax.extend.core.jaxprs_in_params(equation.params):
-      total += length * count_flops(inner)
-  return total
-
-
 def measure(arguments: argparse.Namespace) -> list[str]:
   """Traces, lowers and compiles; returns the row."""
   jax.config.update("jax_enable_compilation_cache", False)
@@ -187,18 +177,26 @@ def measure(arguments: argparse.Namespace) -> list[str]:
   lower_seconds = time.monotonic() - began
   operations = count_instructions(lowered.as_text())
   images = arguments.images * make_mesh(arguments.target).size
-  flops = count_flops(traced.jaxpr.jaxpr) / images
+  count = flops.count_flops(traced.jaxpr) / images
   return [
     arguments.model + (", lowest" if arguments.lowest else ""),
     arguments.target,
     str(arguments.images),
     arguments.remat,
     arguments.scan,
-    f"{flops / 1e12:.2f}",
+    arguments.attention,
+    arguments.effort,
+    f"{count / 1e12:.2f}",
     f"{operations:,}",
     f"{lower_seconds:.0f}",
-    *([""] * 5 if arguments.lower_only else compile_(lowered)),
+    *([""] * 8 if arguments.lower_only else compile_(lowered, options_of(arguments))),
   ]
+
+
+def options_of(arguments: argparse.Namespace) -> dict:
+  """Compiler options besides those of the step."""
+  platform = "cpu" if arguments.target == "cpu" else "tpu"
+  return EFFORTS[arguments.effort].get(platform, {})
 
 
 def count_instructions(text: str) -> int:
@@ -206,19 +204,24 @@ def count_instructions(text: str) -> int:
   return sum(" = " in line for line in text.splitlines())
 
 
-def compile_(lowered: jax.stages.Lowered) -> list[str]:
-  """Compiles: seconds by the clock and of the processor, instructions, GiB."""
+def compile_(lowered: jax.stages.Lowered, options: dict) -> list[str]:
+  """Compiles: seconds by the clock and of the processor, instructions, GiB, costs."""
   began, processor_began = time.monotonic(), time.process_time()
-  compiled = lowered.compile()
+  compiled = lowered.compile(compiler_options=options)
   seconds = time.monotonic() - began
   processor_seconds = time.process_time() - processor_began
-  memory = compiled.memory_analysis()
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  costs = compiled.cost_analysis()
+  estimate = costs.get("optimal_seconds", -1.0) + text.count(WITHOUT_ESTIMATE)
   return [
     f"{seconds:.0f}",
     f"{processor_seconds:.0f}",
-    f"{count_instructions(compiled.as_text()):,}",
+    f"{count_instructions(text):,}",
     f"{memory.argument_size_in_bytes / 2**30:.2f}",
     f"{memory.temp_size_in_bytes / 2**30:.2f}",
+    f"{costs['flops'] / 1e12:.1f}",
+    f"{costs['bytes accessed'] / 1e9:.1f}",
+    f"{estimate:.4f}" if estimate > 0 else "",
   ]
 
 
@@ -236,6 +239,7 @@ def main() -> None:
   parser.add_argument("--remat", default="blocks")
   parser.add_argument("--scan", default="stacks")
   parser.add_argument("--attention", default="xla")
+  parser.add_argument("--effort", choices=EFFORTS, default="full")
   parser.add_argument("--lower-only", action="store_true", help="do not compile")
   parser.add_argument("--table", type=pathlib.Path, help="a file to add the row to")
   arguments = parser.parse_args()

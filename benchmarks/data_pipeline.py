@@ -20,7 +20,7 @@ import time
 
 import numpy as np
 
-from lpo_jax.data import cache, draws, encoding, manifest, pipeline, records
+from lpo_jax.data import cache, draws, encoding, manifest, packing, pipeline, records
 from lpo_jax.data.ranked import RankedLists
 
 SLOTS = 256
@@ -109,7 +109,7 @@ def plan_rate(opened, updates):
   """Items/s of shuffling and packing alone."""
   lengths = opened.lists.lengths
   order = draws.Draws(opened.parts, 0)
-  packer, progress = pipeline.Packer(lengths, SLOTS), pipeline.Progress()
+  packer, progress = packing.Packer(lengths, SLOTS), packing.Progress()
   began = time.process_time()
   for _ in range(updates):
     _, progress = packer.plan(progress, lambda at: int(lengths[order.at(at).index]))

@@ -28,6 +28,7 @@ import time
 import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
+ARCHITECTURES = HERE.parent / "lpo_jax" / "assets" / "architectures"
 GIB = 2**30
 
 
@@ -133,7 +134,7 @@ def main() -> None:
   """Writes, measures and prints."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--config", type=pathlib.Path,
-                      default=HERE / "architectures" / "sdxl_unet.json")  # fmt: skip
+                      default=ARCHITECTURES / "sdxl_unet.json")  # fmt: skip
   parser.add_argument("--dtype", default="float32", choices=["float32", "float16"])
   parser.add_argument("--processes", type=int, default=1)
   parser.add_argument("--devices", type=int, default=8)

@@ -4,7 +4,7 @@
   python benchmarks/parity.py --workdir runs/parity --models sd15_unet --gradients
 
 Needs the `test` extra (torch), 24 GB of memory and 25 GB of disk. Every model has the
-fields of the real config.json (architectures/) and random weights on which nothing
+fields of the real config.json (lpo_jax/assets/architectures/) and random weights on which nothing
 saturates. torch builds, saves and runs it in one process; lpo_jax reads the folder and
 runs it in another. Results that are there are not computed again.
 """
@@ -21,6 +21,7 @@ import time
 import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
+ARCHITECTURES = HERE.parent / "lpo_jax" / "assets" / "architectures"
 MODELS = (
   "sd15_unet",
   "sd21_unet",
@@ -39,7 +40,7 @@ WITH_GRADIENTS = ("sd15_unet", "clip_vit_l_text")
 
 def config_of(name: str) -> dict:
   """The fields of the real config.json."""
-  return json.loads((HERE / "architectures" / f"{name}.json").read_text("utf-8"))
+  return json.loads((ARCHITECTURES / f"{name}.json").read_text("utf-8"))
 
 
 def class_of(config: dict) -> str:
