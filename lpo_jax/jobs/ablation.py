@@ -26,6 +26,7 @@ from lpo_jax.jobs import (
   ablation_report,
   blueprint,
   cache,
+  candidates,
   evaluate,
   quickstart,
   run_identity,
@@ -138,14 +139,16 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Run]:
-  """All runs, seed by seed: after the first seed every arm has been seen once."""
-  world, made = config.quickstart, []
+  """All runs, beta by beta: those of the first one have arms and seeds to compare."""
+  world, made, commons = config.quickstart, [], {}
   for seed in world.seeds:
-    place = workdir / f"seed{seed}"
-    common = world_config(config, seed)
-    common.data.path = str(place / "judgements" / "judgements.parquet")
-    for arm in world.methods:
-      for beta in world.betas:
+    commons[seed] = world_config(config, seed)
+    path = workdir / f"seed{seed}" / "judgements" / "judgements.parquet"
+    commons[seed].data.path = str(path)
+  for beta in world.betas:
+    for seed, common in commons.items():
+      place = workdir / f"seed{seed}"
+      for arm in world.methods:
         own = quickstart.method_config(common, place, arm)
         own.objective.beta = float(beta)
         made.append(Run(arm, float(beta), seed, own, place / f"{arm}_beta{beta:g}"))
@@ -220,7 +223,7 @@ class Meter:
       return
     self._generator = sampling.make_generator(self._config, self._mesh)
     base = self._config.model.path
-    self._base, _ = evaluate.candidate_params(base, self._mesh)
+    self._base, _ = candidates.load_params(base, self._mesh)
     self._base_scores = self._scores(self._base)
 
   def _scores(self, params: Any) -> dict[str, np.ndarray]:
@@ -228,7 +231,7 @@ class Meter:
     return {judge.name: judge(images, self._prompts) for judge in self._judges}
 
   def _point(self, one: Run, step: int) -> Point:
-    params, _ = evaluate.candidate_params(f"{one.folder}@{step}", self._mesh)
+    params, _ = candidates.load_params(f"{one.folder}@{step}", self._mesh)
     mine, theirs = self._scores(params), self._base_scores
     won = win_rate.win_rate(mine[TASTE], theirs[TASTE], resamples=1).win_rate
     gained = float(np.mean(mine[TASTE]) - np.mean(theirs[TASTE]))

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -17,9 +17,55 @@ from lpo_jax.jobs.quickstart_report import percent, versions
 from lpo_jax.pages import charts
 from lpo_jax.scoring.frontier import Frontier, Mean, Point, compare
 
-SHARES = (0.25, 0.5, 0.75, 1.0)  # of the drift that all arms reach
+SHARES = (0.25, 0.5, 1.0)  # of the drift that all arms reach
 LOSSES = (0.0, 0.01, 0.02)  # of legibility, in shares of all images
 ON_A_LINE = 25  # drifts at which a frontier is drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+  """What methods are compared by.
+
+  Attributes:
+    field: of a point.
+    words: its name.
+    none: the base's value.
+    number: a value as text, with its unit.
+    bare: a value as text, without.
+    difference: of two values, as text.
+  """
+
+  field: str
+  words: str
+  none: float
+  number: Callable[[float], str]
+  bare: Callable[[float], str]
+  difference: Callable[[float], str]
+
+
+def _three(value: float) -> str:
+  return f"{round(value, 3) + 0.0:.3f}"  # no -0.000
+
+
+# The score itself first: what changes all images a little, and alike, wins nearly every
+# comparison of the same seeds and gains next to nothing.
+GAINED = Measure("gained", "taste gained", 0.0, _three, _three, "{:+.3f}".format)
+WON = Measure(
+  "won",
+  "win rate over base, taste",
+  0.5,
+  percent,
+  lambda x: f"{100 * min(max(x, 0.0), 1.0):.1f}",  # an interval's ends may be beyond
+  lambda x: f"{100 * x:+.1f}",
+)
+LOST = Measure(
+  "lost",
+  "legibility lost",
+  0.0,
+  percent,
+  lambda x: f"{100 * x:.1f}",
+  lambda x: f"{100 * x:+.1f}",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +112,11 @@ def write(
   frontiers = {arm: Frontier(points, arm) for arm in config.quickstart.methods}
   drifts = shared_drifts(frontiers)
   tables = [
-    at_equal_drift(frontiers, drifts),
+    at_equal_drift(frontiers, drifts, GAINED),
+    against(frontiers, drifts, next(iter(config.quickstart.panels.values()))[0]),
     at_equal_legibility(frontiers),
     at_equal_images(frontiers, config),
+    at_equal_drift(frontiers, drifts, WON),
   ]
   found = leaders(frontiers, drifts)
   title = "What of a ranking is worth enforcing: an ablation on the quickstart's digits"
@@ -112,41 +160,78 @@ def shared_drifts(frontiers: Mapping[str, Frontier]) -> list[float]:
   return [share * reach for share in SHARES]
 
 
-def with_interval(mean: Mean | None, beta: bool = True) -> str:
+def with_interval(mean: Mean | None, measure: Measure, beta: bool = True) -> str:
   """'87.3 % (85.0 to 89.6), beta 2000'; '–' where there is nothing."""
   if mean is None:
     return "–"
-  text = percent(mean.mean)
+  text = measure.number(mean.mean)
   if not math.isnan(mean.low):
-    text += f" ({100 * mean.low:.1f} to {100 * mean.high:.1f})"
+    text += f" ({measure.bare(mean.low)} to {measure.bare(mean.high)})"
   return text + (f", beta {mean.beta:g}" if beta else "")
 
 
-def at_equal_drift(frontiers: Mapping[str, Frontier], drifts: Sequence[float]) -> Table:
-  """Win rates under the taste where the methods moved equally far."""
+def difference(gap: Mean, measure: Measure = GAINED) -> str:
+  """'+0.051 (-0.010 to +0.112)'."""
+  text = measure.difference(gap.mean)
+  if math.isnan(gap.low):
+    return text
+  return f"{text} ({measure.difference(gap.low)} to {measure.difference(gap.high)})"
+
+
+def at_equal_drift(
+  frontiers: Mapping[str, Frontier], drifts: Sequence[float], measure: Measure
+) -> Table:
+  """What was won or gained where the methods moved equally far."""
+
+  def row(frontier: Frontier) -> list[str]:
+    means = (frontier.at_drift(drift, measure.field) for drift in drifts)
+    return [with_interval(mean, measure) for mean in means]
+
   return Table(
-    "At equal drift",
-    "Win rate over base under the taste, interpolated between checkpoints, with the beta "
-    "that does best there; mean over seeds and its 95 % t interval.",
+    f"At equal drift: {measure.words}",
+    "Interpolated between checkpoints, with the beta that does best there; mean over "
+    "seeds and its 95 % t interval.",
+    ["method", *(f"drift {drift:.3g}" for drift in drifts)],
+    [[arm, *row(frontier)] for arm, frontier in frontiers.items()],
+  )
+
+
+def against(
+  frontiers: Mapping[str, Frontier], drifts: Sequence[float], arm: str
+) -> Table:
+  """Taste gained less than one arm gains, where all moved equally far."""
+
+  def cell(frontier: Frontier, drift: float) -> str:
+    mine = frontier.at_drift(drift, GAINED.field)
+    theirs = frontiers[arm].at_drift(drift, GAINED.field)
+    return difference(compare(mine, theirs)) if mine and theirs else "–"
+
+  return Table(
+    f"Against {arm}, at equal drift",
+    f"Taste gained less that of {arm}, each with its best beta there; mean of the "
+    "differences between runs of one seed and its 95 % t interval.",
     ["method", *(f"drift {drift:.3g}" for drift in drifts)],
     [
-      [arm, *(with_interval(frontier.at_drift(drift)) for drift in drifts)]
-      for arm, frontier in frontiers.items()
+      [other, *(cell(frontier, drift) for drift in drifts)]
+      for other, frontier in frontiers.items()
+      if other != arm
     ],
   )
 
 
 def at_equal_legibility(frontiers: Mapping[str, Frontier]) -> Table:
-  """Win rates under the taste where the methods lost no more legibility than allowed."""
+  """Taste gained where the methods lost no more legibility than allowed."""
+
+  def row(frontier: Frontier) -> list[str]:
+    means = (frontier.within_loss(most, GAINED.field) for most in LOSSES)
+    return [with_interval(mean, GAINED) for mean in means]
+
   return Table(
     "At equal loss of legibility",
-    "The best win rate over base under the taste among the checkpoints and betas whose "
-    "mean loss of legibility is at most so many points.",
+    "The most taste gained among the checkpoints and betas whose mean loss of "
+    "legibility is at most so many points.",
     ["method", *(f"at most {100 * most:g} points" for most in LOSSES)],
-    [
-      [arm, *(with_interval(frontier.within_loss(most)) for most in LOSSES)]
-      for arm, frontier in frontiers.items()
-    ],
+    [[arm, *row(frontier)] for arm, frontier in frontiers.items()],
   )
 
 
@@ -162,16 +247,16 @@ def at_equal_images(
         [
           arm,
           f"{won.beta:g}",
-          with_interval(won, beta=False),
-          f"{gained.mean:.3f}",
-          with_interval(lost, beta=False),
+          with_interval(gained, GAINED, beta=False),
+          with_interval(won, WON, beta=False),
+          with_interval(lost, LOST, beta=False),
           f"{drift.mean:.3g}",
         ]
       )
   return Table(
     f"At equal images: after {step} updates of {config.train.images_per_update}",
     "Whoever moves faster has the advantage here; the tables above take it away.",
-    ["method", "beta", "win rate, taste", "taste gained", "legibility lost", "drift"],
+    ["method", "beta", "taste gained", "win rate, taste", "legibility lost", "drift"],
     rows,
   )
 
@@ -189,14 +274,16 @@ def setting(config: ml_collections.ConfigDict) -> str:
 
 
 def leaders(frontiers: Mapping[str, Frontier], drifts: Sequence[float]) -> list[str]:
-  """Says who leads where, and whether the seeds agree on it."""
+  """Says who gains most taste where, and whether the seeds agree on it."""
+  field = GAINED.field
   said = [
-    f"At a drift of {drift:.3g} " + _leader({a: f.at_drift(drift) for a, f in frontiers.items()})
+    f"At a drift of {drift:.3g} "
+    + _leader({arm: f.at_drift(drift, field) for arm, f in frontiers.items()})
     for drift in drifts
-  ]  # fmt: skip
+  ]
   return said + [
     f"Losing at most {100 * most:g} points of legibility, "
-    + _leader({a: f.within_loss(most) for a, f in frontiers.items()})
+    + _leader({arm: f.within_loss(most, field) for arm, f in frontiers.items()})
     for most in LOSSES
   ]
 
@@ -208,18 +295,17 @@ def _leader(means: Mapping[str, Mean | None]) -> str:
   if not ranked:
     return "no method can be compared."
   first = ranked[0]
-  text = f"{first} has the highest win rate, {with_interval(found[first])}"
+  text = f"{first} gains most taste, {with_interval(found[first], GAINED)}"
   if len(ranked) == 1:
     return text + "; no other method is there."
   second = ranked[1]
   gap = compare(found[first], found[second])
-  text += f"; next is {second}, {with_interval(found[second])}. "
+  text += f"; next is {second}, {with_interval(found[second], GAINED)}. "
   if math.isnan(gap.low):
     return text + "With one seed nothing can be said about their difference."
-  ends = f"{100 * gap.mean:.1f} points ({100 * gap.low:.1f} to {100 * gap.high:.1f})"
   if gap.low > 0:
-    return text + f"It leads: the difference over seeds is {ends}."
-  return text + f"Their difference over seeds is {ends}: no leader."
+    return text + f"It leads: the difference over seeds is {difference(gap)}."
+  return text + f"Their difference over seeds is {difference(gap)}: no leader."
 
 
 def notes(config: ml_collections.ConfigDict) -> list[str]:
@@ -229,62 +315,96 @@ def notes(config: ml_collections.ConfigDict) -> list[str]:
     "The prompts and seeds of the evaluation are the same for all.",
     "The beta of a frontier is the best one in hindsight, by the mean over seeds. This is "
     f"optimistic, and alike for all methods: each had {len(config.quickstart.betas)}. The "
-    "same holds for the one named leader among many.",
+    "same holds for the one named leader among many: intervals are of single "
+    "differences, and nothing is taken off for their number.",
     "Drift is the mean squared difference of the predictions from the base's, of the "
     "weights that are drawn with, on the same images, timesteps and noise for all runs "
     "of a seed.",
     "Beyond their last checkpoints frontiers are not continued.",
-    "The taste scorer is the simulated people's own taste without their noise.",
+    "The taste scorer is the simulated people's own taste without their noise. What is "
+    "gained of it is in spreads of the slant among real digits of one class. Win rates "
+    "compare images of the same seed, where a small change that all images share wins "
+    "nearly always: of two methods the one that wins more may gain less.",
   ]
 
 
 def panel(frontiers: Mapping[str, Frontier]) -> list[tuple[Any, str]]:
-  """The two charts of some methods, with what they mean."""
+  """The charts of some methods, with what they mean; the first is the one to beat."""
   about = (
     "Line: the best beta at each {}, mean over seeds, with its 95 % interval. Dots: "
     "every beta and checkpoint, means over seeds."
   )
+  first = next(iter(frontiers))
+  colors = {arm: index for index, arm in enumerate(frontiers)}
+  words = {"y_label": GAINED.words, "hline": GAINED.none, "colors": colors}
   return [
     (
       charts.band_chart(
         {arm: _by_drift(frontier) for arm, frontier in frontiers.items()},
         title="Taste gained against drift",
         x_label="drift",
-        y_label="win rate over base, taste",
-        hline=0.5,
+        **words,
       ),
       about.format("drift"),
     ),
     (
       charts.band_chart(
-        {arm: _by_loss(frontier) for arm, frontier in frontiers.items()},
+        {
+          arm: _by_drift(frontier, than=frontiers[first])
+          for arm, frontier in frontiers.items()
+          if arm != first
+        },
+        title=f"Against {first}, at equal drift",
+        x_label="drift",
+        **words | {"y_label": f"taste gained, less that of {first}"},
+      ),
+      "Mean of the differences between runs of one seed, with its 95 % interval: what all "
+      "methods owe to their seed is out of it.",
+    ),
+    (
+      charts.band_chart(
+        _by_loss(frontiers),
         title="Taste gained against legibility lost",
         x_label="legibility lost, points",
-        y_label="win rate over base, taste",
-        hline=0.5,
+        **words,
       ),
       about.format("loss that is allowed"),
     ),
   ]
 
 
-def _by_drift(frontier: Frontier) -> charts.Band:
-  drifts = np.linspace(0.0, frontier.reach, ON_A_LINE)
-  return _band(drifts, [frontier.at_drift(d) for d in drifts], _dots(frontier, "drift"))
+def _by_drift(frontier: Frontier, than: Frontier | None = None) -> charts.Band:
+  """What is gained along the drift, or how much more than another method gains."""
+  field = GAINED.field
+  if than is None:
+    drifts = np.linspace(0.0, frontier.reach, ON_A_LINE)
+    means = [frontier.at_drift(drift, field) for drift in drifts]
+    return _band(drifts, means, _dots(frontier, "drift"))
+  drifts = np.linspace(0.0, min(frontier.reach, than.reach), ON_A_LINE)
+  pairs = [(frontier.at_drift(d, field), than.at_drift(d, field)) for d in drifts]
+  return _band(drifts, [compare(mine, theirs) for mine, theirs in pairs], ())
 
 
-def _by_loss(frontier: Frontier) -> charts.Band:
-  dots = [(100 * lost, won) for lost, won in _dots(frontier, "lost")]
-  losses = sorted({lost for lost, _ in dots if lost >= 0})
-  means = [frontier.within_loss(lost / 100) for lost in losses]
-  return _band(losses, means, dots)
+def _by_loss(frontiers: Mapping[str, Frontier]) -> dict[str, charts.Band]:
+  """What is gained along the loss that is allowed, up to the largest that was seen."""
+  dots = {arm: _dots(frontier, "lost") for arm, frontier in frontiers.items()}
+  most = max((lost for own in dots.values() for lost, _ in own), default=0.0)
+  losses = np.linspace(0.0, max(most, 0.0), ON_A_LINE)
+  return {
+    arm: _band(
+      100 * losses,
+      [frontier.within_loss(lost, GAINED.field) for lost in losses],
+      [(100 * lost, gained) for lost, gained in dots[arm]],
+    )
+    for arm, frontier in frontiers.items()
+  }
 
 
 def _dots(frontier: Frontier, field: str) -> list[tuple[float, float]]:
   return [
     (x.mean, y.mean)
     for step in sorted({p.step for p in frontier.points})
-    for x, y in zip(frontier.at_step(step, field), frontier.at_step(step))
+    for x, y in zip(frontier.at_step(step, field), frontier.at_step(step, GAINED.field))
   ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import pathlib
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from lpo_jax.jobs import (
   select,
   train,
 )
+from lpo_jax.jobs import candidates as candidate_kinds
 from lpo_jax.scoring import digits
 from lpo_jax.training.report import read_metrics
 
@@ -83,6 +85,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     config.eval.candidates = candidates(base, runs, workdir)
     evaluation = evaluate.run(config, workdir)
   published = world.publish
+  runs[published].export.evaluation = str(workdir)
   with stages.stage(f"export {published}"):
     exported = export.run(runs[published], workdir / published)
   if parallel.is_main_process():
@@ -102,13 +105,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 
 class Stages:
-  """Times the stages and remembers the times over restarts."""
+  """Times the stages and remembers the times over restarts.
+
+  Several processes may share the file, as those of an ablation do that have a seed each.
+  """
 
   def __init__(self, workdir: pathlib.Path):
     self._file = workdir / "timings.json"
-    self.seconds: dict[str, float] = {}
-    if self._file.exists():
-      self.seconds = json.loads(self._file.read_text("utf-8"))
+    self.seconds: dict[str, float] = self._read()
 
   @contextlib.contextmanager
   def stage(self, name: str) -> Iterator[None]:
@@ -117,9 +121,15 @@ class Stages:
     began = time.monotonic()
     yield
     spent = time.monotonic() - began
+    self.seconds |= self._read()
     self.seconds[name] = self.seconds.get(name, 0.0) + spent
     if parallel.is_main_process():
-      self._file.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
+      partial = self._file.with_suffix(f".{os.getpid()}")
+      partial.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
+      partial.replace(self._file)
+
+  def _read(self) -> dict[str, float]:
+    return json.loads(self._file.read_text("utf-8")) if self._file.exists() else {}
 
 
 def base_folder(config: ml_collections.ConfigDict) -> pathlib.Path:
@@ -182,7 +192,7 @@ def make_judgements(
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
   generator = sampling.make_generator(config, mesh)
   progress = console.Progress("drawing candidates", len(prompts), "images")
-  params, _ = evaluate.candidate_params(config.model.path, mesh)
+  params, _ = candidate_kinds.load_params(config.model.path, mesh)
   images = generator(params, prompts, seeds, on_progress=progress.update)
   scores = digits.taste(images, prompts)
   said = JUDGING[world.judging](config, path, scores, images, prompts)

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from lpo_jax import console, models, parallel, pretrained, trees
-from lpo_jax.jobs import cache, evaluate, export, sampling, train
+from lpo_jax.jobs import cache, candidates, export, sampling, train
 from lpo_jax.jobs.quickstart_people import encode_png
 from lpo_jax.scoring import digits
 from lpo_jax.types import Params
@@ -244,7 +244,7 @@ def share_legible(config: ml_collections.ConfigDict, folder: pathlib.Path) -> fl
   config.model.path = str(folder)
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
   generator = sampling.make_generator(config, mesh)
-  params, _ = evaluate.candidate_params(str(folder), mesh)
+  params, _ = candidates.load_params(str(folder), mesh)
   prompts = [p for p in config.eval.prompts for _ in range(config.eval.seeds)]
   seeds = [s for _ in config.eval.prompts for s in range(config.eval.seeds)]
   drawn = generator(params, prompts, seeds)

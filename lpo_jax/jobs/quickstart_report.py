@@ -67,7 +67,7 @@ def write(
         f"{m}/": "the training run: config, checkpoints, metrics, TensorBoard"
         for m in methods
       },
-      "evaluation/": "every image, per-image scores, tables",
+      "evaluation/": "every image, per-image scores, tables, gallery.html",
       "summary.json": "every figure of this page",
       str(exported["path"]): "the aligned pipeline, a diffusers folder",
     },

@@ -11,6 +11,7 @@ metrics that are scalars. It never sees an image, a key or a device.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,6 +47,10 @@ OBJECTIVES: dict[str, ObjectiveFn] = {
   "lair": lair,
 }
 
+# Options that enter an objective as mere factors. The step takes them as inputs, so that
+# runs which differ in them alone compile it once.
+INPUTS = ("beta",)
+
 # Which scalars an objective reads. One that needs only `err` runs without a reference.
 NEEDS: Mapping[str, frozenset[str]] = {
   **dict.fromkeys(OBJECTIVES, frozenset({"err", "ref_err"})),
@@ -71,6 +76,18 @@ class Objective:
 
   def __call__(self, denoising: Denoising, ranking: Ranking) -> tuple[Array, Metrics]:
     return self.fn(denoising, ranking)
+
+  @property
+  def inputs(self) -> dict[str, float]:
+    """Those of its options that are in `INPUTS`."""
+    return {name: self.hyper[name] for name in INPUTS if name in self.hyper}
+
+  def with_inputs(self, inputs: Mapping[str, Any]) -> Objective:
+    """The same with other values of these options; they may be traced scalars."""
+    hyper = {**self.hyper, **inputs}
+    return dataclasses.replace(
+      self, hyper=hyper, fn=functools.partial(self.fn, **inputs)
+    )
 
 
 def get(name: str, **hyper) -> Objective:

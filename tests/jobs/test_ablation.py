@@ -9,7 +9,7 @@ import pytest
 from lpo_jax import main
 from lpo_jax.data import lists, sources
 from lpo_jax.errors import UserError
-from lpo_jax.jobs import ablation, ablation_report, quickstart_people
+from lpo_jax.jobs import ablation, ablation_report, quickstart, quickstart_people
 from lpo_jax.scoring.frontier import Frontier, Point
 from lpo_jax.training.report import read_metrics
 
@@ -28,12 +28,14 @@ def full():
 def test_every_arm_meets_every_beta_and_seed_in_its_own_folder(tmp_path):
   config = full()
   runs = ablation.plan(config, tmp_path)
-  assert len(runs) == 8 * 3 * 3
+  assert len(runs) == 8 * 2 * 3
   assert len({one.folder for one in runs}) == len(runs)
   assert {one.config.seed for one in runs} == {0, 1, 2}
   assert {(one.arm, one.config.objective.beta) for one in runs} == {
-    (arm, beta) for arm in config.quickstart.methods for beta in (125.0, 500.0, 2000.0)
+    (arm, beta) for arm in config.quickstart.methods for beta in (500.0, 2000.0)
   }
+  # Stopped half way, it has every arm and seed with one beta.
+  assert {one.beta for one in runs[:24]} == {config.quickstart.betas[0]}
   for one in runs:  # one cache of images and one set of rankings for a seed
     assert one.config.data.cache == str(tmp_path / f"seed{one.seed}" / "cache")
     assert one.config.data.path.startswith(str(tmp_path / f"seed{one.seed}" / "judge"))
@@ -49,7 +51,7 @@ def test_what_the_arms_say_of_one_ranking(tmp_path):
   quickstart_people.write_rankings(path, [order], images, ["p"] * 12, model="m")
   source = sources.read(path)
   said = {}
-  for one in ablation.plan(full(), tmp_path)[::3]:
+  for one in ablation.plan(full(), tmp_path)[:8]:
     data, name = one.config.data, one.config.objective.name
     built, _ = lists.build(
       source, data.strategy, max_size=data.max_list_size, ranks=data.ranks
@@ -80,9 +82,9 @@ def test_it_says_what_it_will_cost(tmp_path):
   (runs[0].folder / "points.json").write_text("{}")
   config.quickstart.pace.update(trained=96.0, drawn=20.0, overhead=100.0)
   said = ablation.estimate(config, runs)
-  # 120 updates of 96 images, and 8 checkpoints of 20 prompts with 10 seeds.
-  assert "8 arms x 3 betas x 3 seeds = 72 runs, 71 of them to do" in said
-  assert "trains on 11520 images and draws 1600: about 5:00 a run and 5:55:00" in said
+  # 60 updates of 48 images, and 4 checkpoints of 20 prompts with 5 seeds.
+  assert "8 arms x 2 betas x 3 seeds = 48 runs, 47 of them to do" in said
+  assert "trains on 2880 images and draws 400: about 2:30 a run and 1:57:30" in said
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,15 @@ def test_what_is_no_ablation_is_refused(key, value, words):
     config.quickstart[key] = value
   with pytest.raises(UserError, match=words):
     ablation.check(config)
+
+
+def test_processes_with_a_seed_each_share_their_timings(tmp_path):
+  one, other = quickstart.Stages(tmp_path), quickstart.Stages(tmp_path)
+  for stages, name in ((one, "seed 0"), (other, "seed 1"), (one, "seed 2")):
+    with stages.stage(name):
+      pass
+  assert list(quickstart.Stages(tmp_path).seconds) == ["seed 0", "seed 1", "seed 2"]
+  assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_people_rank_as_they_compare():
@@ -121,21 +132,38 @@ def test_people_rank_as_they_compare():
 # What the report says of points that are made up.
 
 
-def test_a_leader_is_named_only_beyond_the_scatter():
-  def points(arm, won):
-    return [Point(arm, 1.0, s, 10, 1.0, w, 0.0, 0.0) for s, w in enumerate(won)]
+def points(arm, gained, drift=1.0):
+  """One checkpoint for each seed, with one beta."""
+  return [Point(arm, 1.0, s, 10, drift, 0.5, g, 0.0) for s, g in enumerate(gained)]
 
+
+def frontiers_of(made):
+  return {arm: Frontier(made, arm) for arm in dict.fromkeys(p.arm for p in made)}
+
+
+def test_a_leader_is_named_only_beyond_the_scatter():
   made = points("clear", (0.80, 0.81, 0.82)) + points("behind", (0.70, 0.71, 0.72))
-  said = ablation_report.leaders(
-    {a: Frontier(made, a) for a in ("clear", "behind")}, [1.0]
-  )
-  assert said[0].startswith("At a drift of 1 clear has the highest win rate, 81.0 %")
-  assert "It leads: the difference over seeds is 10.0 points" in said[0]
+  said = ablation_report.leaders(frontiers_of(made), [1.0])
+  assert said[0].startswith("At a drift of 1 clear gains most taste, 0.810 (0.785 to ")
+  assert "It leads: the difference over seeds is +0.100" in said[0]
   made = points("wild", (0.60, 0.80, 0.91)) + points("behind", (0.70, 0.71, 0.72))
-  said = ablation_report.leaders(
-    {a: Frontier(made, a) for a in ("wild", "behind")}, [1.0]
-  )
-  assert "wild has" in said[0] and said[0].endswith("no leader.")
+  said = ablation_report.leaders(frontiers_of(made), [1.0])
+  assert "1 wild gains" in said[0] and said[0].endswith("no leader.")
+
+
+def test_differences_from_one_arm_are_paired_by_seed():
+  """At half the drift half of what was gained: 0.4, 0.45 and 0.35, 0.35."""
+  made = points("full", (0.8, 0.9)) + points("wide", (0.7, 0.7))
+  made += points("near", (0.6, 0.6), drift=0.5)
+  table = ablation_report.against(frontiers_of(made), [0.5, 1.0], "full")
+  assert table.columns == ["method", "drift 0.5", "drift 1"]
+  # s / sqrt(2) = 0.025 and 0.05; t(0.975, 1 degree of freedom) = 12.706.
+  assert table.rows == [
+    ["wide", "-0.075 (-0.393 to +0.243)", "-0.150 (-0.785 to +0.485)"],
+    ["near", "+0.175 (-0.143 to +0.493)", "–"],
+  ]
+  one = frontiers_of([p for p in made if p.seed == 0])
+  assert ablation_report.against(one, [1.0], "full").rows[0] == ["wide", "-0.100"]
 
 
 # The smoke form.
@@ -176,12 +204,12 @@ def test_it_runs_end_to_end(smoke):
 def test_the_report_has_charts_and_its_table_as_markdown(smoke):
   workdir, _ = smoke
   page = (workdir / "report.html").read_text("utf-8")
-  assert page.count("<svg") == 2 and "What is enforced" in page
+  assert page.count("<svg") == 3 and "What is enforced" in page
   table = (workdir / "table.md").read_text("utf-8")
   for title in ("At equal drift", "At equal loss of legibility", "At equal images"):
     assert title in page and f"## {title}" in table
   point = json.loads((workdir / "points.json").read_text("utf-8"))[1]
-  row = f"| full | 2000 | {100 * point['won']:.1f} % |"
+  row = f"| full | 2000 | {point['gained']:.3f} | {100 * point['won']:.1f} % |"
   assert row in table
   assert "With one seed nothing can be said" in table
 
