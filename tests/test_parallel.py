@@ -1,5 +1,6 @@
 """Meshes, placements by name, and what lives where on eight devices."""
 
+import dataclasses
 import json
 
 import jax
@@ -36,6 +37,89 @@ def test_mesh_refuses_sizes_that_are_none(data, fsdp):
 def test_mesh_of_one_device(sizes):
   mesh = parallel.make_mesh(*sizes, devices=jax.devices()[:1])
   assert dict(mesh.shape) == {"data": 1, "fsdp": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Stands in for a device of a machine that is not here."""
+
+  id: int
+  process_index: int
+  slice_index: int | None
+  coords: tuple[int, int, int] = (0, 0, 0)
+  core_on_chip: int = 0
+  platform: str = "tpu"
+  device_kind: str = "TPU v5 lite"
+
+
+def two_slices():
+  """Two slices of 2 x 2 chips, two hosts each; the second slice comes first."""
+  return [
+    Chip(10 * s + i, 2 * s + i // 2, s, coords=(i % 2, i // 2, 0))
+    for s in (1, 0)
+    for i in range(4)
+  ]
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2), (2, 4)])
+def test_slices_are_the_outer_part_of_data(data, fsdp):
+  groups = parallel.group_slices(two_slices())
+  assert [{chip.slice_index for chip in group} for group in groups] == [{0}, {1}]
+  mesh = parallel.arrange(groups, data, fsdp)
+  assert mesh.shape == (data, fsdp)
+  slices = [[chip.slice_index for chip in row] for row in mesh]
+  half = data // 2
+  assert slices == [[0] * fsdp] * half + [[1] * fsdp] * half
+  assert sorted(chip.id for chip in mesh.flat) == [0, 1, 2, 3, 10, 11, 12, 13]
+
+
+def test_parameters_are_not_split_over_slices():
+  with pytest.raises(
+    UserError, match=r"mesh.fsdp=8 .* 2 slices of 4 devices.* divisor of 4"
+  ):
+    parallel.make_mesh(1, 8, devices=two_slices())
+  with pytest.raises(UserError, match=r"mesh.fsdp=4 .* 4 slices of 2 devices"):
+    parallel.make_mesh(-1, 4, slices=4, devices=two_slices())
+
+
+def test_slices_that_devices_do_not_know_of_are_processes_in_a_row():
+  here = [Chip(7 - i, (7 - i) // 2, None, platform="gpu") for i in range(8)]
+  assert parallel.group_slices(here) == [here]
+  first, second = parallel.group_slices(here, 2)
+  assert [chip.process_index for chip in first] == [0, 0, 1, 1]
+  assert [chip.process_index for chip in second] == [2, 2, 3, 3]
+  # Where hosts say that each of them is a slice, that binds nobody but TPUs.
+  hosts = [dataclasses.replace(chip, slice_index=chip.process_index) for chip in here]
+  assert parallel.group_slices(hosts) == [hosts]
+  assert len(parallel.group_slices(hosts, 4)) == 4
+
+
+@pytest.mark.parametrize(
+  ("slices", "words"),
+  [(0, "mesh.slices=0"), (-2, "mesh.slices=-2"), (3, "does not divide the 8 device")],
+)
+def test_slices_that_cannot_be_are_refused(slices, words):
+  with pytest.raises(UserError, match=words):
+    parallel.group_slices(two_slices(), slices)
+  if slices == 0:
+    with pytest.raises(UserError, match=r"slices of \[3, 4\] devices"):
+      parallel.group_slices(two_slices()[:7])
+
+
+def test_an_axis_may_be_longer_than_the_grid():
+  """As 8 of the 16 chips of a v5e that lie 4 x 4."""
+  chips = [Chip(i, i // 4, 0, coords=(i % 4, i // 4, 0)) for i in range(16)]
+  mesh = parallel.arrange([chips], 2, 8)
+  assert sorted(chip.id for chip in mesh.flat) == list(range(16))
+
+
+def test_slots_lie_where_the_devices_of_their_readers_are():
+  class Grid:
+    devices = np.asarray([Chip(i, p, 0) for i, p in enumerate([0, 1, 1, 0])])
+    size = 4
+
+  # Slots 0 to 3 are read by process 0, whose devices are the first and the last.
+  assert parallel.slot_places(Grid, 8).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -130,10 +214,12 @@ EIGHT = """
   tx = optimizer.build(
     "adamw", params, learning_rate=0.1, trainable_rules=[("small", False), (".*", True)]
   )
-  s = state.place(mesh, placed, tx, with_ema=True, shardings=shardings)
+  like = state.placement(mesh, params, tx, with_ema=True, shardings=shardings)
+  s = state.place(like, placed, tx)
   out["state"] = {n: spec(x) for n, x in trees.named_leaves(s).items()}
   fact = optimizer.build("adafactor", params, learning_rate=0.1)
-  s = state.place(mesh, placed, fact, with_ema=False, shardings=shardings)
+  like = state.placement(mesh, params, fact, with_ema=False, shardings=shardings)
+  s = state.place(like, placed, fact)
   out["adafactor"] = {n: spec(x) for n, x in trees.named_leaves(s.opt_state).items()}
 
   S = 16
@@ -152,6 +238,20 @@ EIGHT = """
   items = {s.device: np.asarray(s.data).tolist() for s in there.item.addressable_shards}
   out["items"] = [items[d] for d in order]
   out["absent"] = there.conditioning.time_ids is None
+
+  x = np.arange(128, dtype=np.float32).reshape(16, 8) % 4
+  kernel = 1 + np.arange(8 * 48, dtype=np.float32).reshape(8, 48) % 48
+  at = parallel.param_shardings({"kernel": np.ones((64, 48))}, mesh)["kernel"]
+  given = jax.device_put(x, parallel.by_slot(mesh)), jax.device_put(kernel, at)
+  def loss(x, kernel):
+    return (parallel.gathered_product(jnp.matmul, x, kernel, jnp.bfloat16) ** 2).sum()
+  with jax.set_mesh(mesh):
+    of_x, of_kernel = jax.jit(jax.grad(loss, (0, 1)))(*given)
+    out["gathered"] = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*given))
+  of_y = 2 * (x @ kernel)
+  out["of x"] = bool(np.array_equal(of_x, of_y @ kernel.T))
+  error = np.abs(of_kernel - x.T @ of_y).max() / np.abs(x.T @ of_y).max()
+  out["of kernel"] = [str(of_kernel.dtype), float(error)]
   print(json.dumps(out))
 """
 
@@ -216,6 +316,16 @@ def test_slots_are_split_over_all_devices_in_order_and_rankings_are_everywhere(e
   }
   assert eight["items"] == [[2 * i, 2 * i + 1] for i in range(8)]
   assert eight["absent"]
+
+
+def test_a_kernel_is_gathered_for_the_product_and_again_for_its_gradient(eight):
+  # Numbers small enough for exact products; partial sums of the gradient are bfloat16.
+  assert eight["of x"]
+  dtype, error = eight["of kernel"]
+  assert dtype == "float32"
+  assert error < 2**-7
+  assert eight["gathered"].count("sharding_constraint[") == 2
+  assert eight["gathered"].count("optimization_barrier") == 1
 
 
 def test_names_of_state_end_in_names_of_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ from flax import nnx
 
 from lpo_jax.models.attention import attend, precision
 from lpo_jax.models.base import Settings
+from lpo_jax.parallel import gather, gathered_product
 from lpo_jax.types import Array
 
 
@@ -34,8 +36,9 @@ class Linear(nnx.Module):
     self.dtype = jnp.dtype(dtype)
 
   def __call__(self, x: Array) -> Array:
-    kernel = self.kernel[...].astype(self.dtype)
-    y = jnp.matmul(x.astype(self.dtype), kernel, precision=precision(self.dtype))
+    product = functools.partial(jnp.matmul, precision=precision(self.dtype))
+    x = x.astype(self.dtype)
+    y = gathered_product(product, x, self.kernel[...], self.dtype)
     return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -60,20 +63,21 @@ class Conv(nnx.Module):
     self.dtype = jnp.dtype(dtype)
 
   def __call__(self, x: Array) -> Array:
-    kernel = self.kernel[...].astype(self.dtype)
     x = x.astype(self.dtype)
-    if kernel.shape[:2] == (1, 1) and self.stride == 1:
-      y = jnp.matmul(x, kernel[0, 0], precision=precision(self.dtype))
-    else:
-      y = jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(self.stride, self.stride),
-        padding=(self.padding, self.padding),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision(self.dtype),
-      )
+    y = gathered_product(self._convolve, x, self.kernel[...], self.dtype)
     return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+  def _convolve(self, x: Array, kernel: Array) -> Array:
+    if kernel.shape[:2] == (1, 1) and self.stride == 1:
+      return jnp.matmul(x, kernel[0, 0], precision=precision(self.dtype))
+    return jax.lax.conv_general_dilated(
+      x,
+      kernel,
+      window_strides=(self.stride, self.stride),
+      padding=(self.padding, self.padding),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      precision=precision(self.dtype),
+    )
 
 
 class GroupNorm(nnx.Module):
@@ -132,7 +136,7 @@ class Embedding(nnx.Module):
     self.dtype = jnp.dtype(dtype)
 
   def __call__(self, indices: Array) -> Array:
-    return self.embedding[...][indices].astype(self.dtype)
+    return gather(self.embedding[...])[indices].astype(self.dtype)
 
 
 class Nothing(nnx.Module):

@@ -24,7 +24,7 @@ from lpo_jax import parallel, tables
 from lpo_jax.diffusion import noising, samplers
 from lpo_jax.diffusion.samplers import Path
 from lpo_jax.errors import UserError
-from lpo_jax.training.step import COMPILER_OPTIONS, Method
+from lpo_jax.training.step import Method, compiler_options
 from lpo_jax.types import (
   Array,
   Batch,
@@ -177,14 +177,7 @@ def roll_out(
     noise, shift, text = start
 
     def denoiser(noisy_latents: Array, timesteps: Array) -> Array:
-      return method.unet(
-        weights,
-        noisy_latents,
-        timesteps,
-        text.prompt_embeds,
-        text.pooled_prompt_embeds,
-        text.time_ids,
-      )
+      return method.unet(weights, noisy_latents, timesteps, **text.arguments)
 
     return samplers.dpmpp_2m_path(
       denoiser, noise, method.schedule, steps=steps, shifts=shift
@@ -219,7 +212,8 @@ def push(
     moments=experts.moments,
     conditioning=experts.conditioning,
     identity=experts.identity,
-    weight=experts.ranking.weight,
+    # Of the list in each slot; lists need not be in the order of their slots.
+    weight=experts.ranking.weight[jnp.argsort(experts.slot[:, 0])],
     path=roll_out(method, params, frozen, experts, steps),
   )
   oldest = buffer.pushed % generations
@@ -370,7 +364,8 @@ class Online:
       experts,
       parallel.batch_shardings(mesh, experts),
     )
-    self.like = {"buffer": _buffer_like(options, mesh, experts)}
+    buffer, self._batch_like = abstract_update(options, mesh, experts, method.seed)
+    self.like = {"buffer": buffer}
     # With a snapshot for every update the policy itself is the snapshot.
     if options.refresh_every > 1:
       self.like["snapshot"] = params
@@ -389,7 +384,10 @@ class Online:
     def compiled(fn: Callable, out: Any, *arguments: Any, **options: Any) -> Any:
       with jax.set_mesh(self._mesh):
         jitted = jax.jit(
-          fn, out_shardings=out, compiler_options=COMPILER_OPTIONS, **options
+          fn,
+          out_shardings=out,
+          compiler_options=compiler_options(self._mesh),
+          **options,
         )
         return jitted.lower(*arguments).compile()
 
@@ -400,12 +398,8 @@ class Online:
     )
     fn = functools.partial(draw_lists, lists=o.lists, seed=method.seed)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated(self._mesh))
-    batch = jax.eval_shape(fn, buffer, step)
-    where = parallel.batch_shardings(self._mesh, batch)
+    where = jax.tree.map(lambda x: x.sharding, self._batch_like)
     self._draw = compiled(fn, where, buffer, step)
-    self._batch_like = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, where
-    )
     # Of its own memory: the policy's is donated to the next step.
     copy = functools.partial(jax.tree.map, jnp.copy)
     where = jax.tree.map(lambda x: x.sharding, params)
@@ -449,6 +443,29 @@ class Online:
     self.metrics = {"rollout_seconds": time.perf_counter() - began}
     self.seconds += self.metrics["rollout_seconds"]
     return batch
+
+
+def abstract_update(
+  options: Settings, mesh: Mesh, experts: Batch, seed: int
+) -> tuple[Buffer, Batch]:
+  """Describes the replay buffer, and an update whose lists are drawn from it.
+
+  Args:
+    options: from `settings`.
+    mesh: of the run.
+    experts: what the data gives, as ShapeDtypeStructs.
+    seed: of the run.
+
+  Returns:
+    ShapeDtypeStructs with shardings.
+  """
+  buffer = _buffer_like(options, mesh, experts)
+  fn = functools.partial(draw_lists, lists=options.lists, seed=seed)
+  batch = jax.eval_shape(fn, buffer, jax.ShapeDtypeStruct((), jnp.int32))
+  where = parallel.batch_shardings(mesh, batch)
+  return buffer, jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, where
+  )
 
 
 def _buffer_like(options: Settings, mesh: Mesh, experts: Batch) -> Buffer:

@@ -101,7 +101,7 @@ def build(
     decay_rules: (regex over names, decay?) first match wins.
     trainable_rules: (regex over names, train?) first match wins; frozen parameters
       have no optimizer state and get exactly zero updates.
-    on_nonfinite: "stop" leaves a bad gradient to the run's NaN policy; "skip" drops
+    on_nonfinite: "stop" and "rollback" leave a bad gradient to the run; "skip" drops
       the update and keeps the old state, however often: to give up is the report's.
     options: the optimizer's own keyword-only options.
 
@@ -133,6 +133,7 @@ def build(
 
 NONFINITE: dict[str, Callable] = {
   "stop": lambda transform: transform,
+  "rollback": lambda transform: transform,
   # Past its limit optax would let the NaN into the weights, so there is none.
   "skip": lambda transform: optax.apply_if_finite(transform, np.iinfo(np.int32).max),
 }

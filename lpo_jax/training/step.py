@@ -12,20 +12,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lpo_jax import parallel
 from lpo_jax.diffusion.noising import Noised, Noising
 from lpo_jax.diffusion.schedule import NoiseSchedule
 from lpo_jax.diffusion.weighting import Weighting, one
 from lpo_jax.errors import UserError
 from lpo_jax.objectives import Objective
-from lpo_jax.objectives.lists import standing_metrics
+from lpo_jax.objectives.lists import (
+  margin_quantiles,
+  metrics_by_group,
+  standing_metrics,
+)
+from lpo_jax.training.places import Places, to_device
 from lpo_jax.training.state import TrainState
 from lpo_jax.types import Array, Batch, Conditioning, Denoising, Metrics, Params
 
-# (params, latents, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids) -> output
+# (params, latents, timesteps, **Conditioning.arguments) -> output
 UNet = Callable[..., Array]
 
 # (trainable tree, frozen tree) -> the policy's weights
@@ -42,6 +49,34 @@ def whole(trainable: Params, frozen: Params | None) -> Params:
 # the differentiated policy and in the plain reference: `err - ref_err` is then 1e-3 off
 # at step 0, which is logits of fake reward at beta = 5000. With it off they are equal.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+# On CPUs XLA hands products to a library and, by default, the arithmetic around them too,
+# where a program allows it. A value that the backward pass needs as well is computed by
+# XLA itself, with another exponential and another square root. With single products in
+# the library alone, each has one way to be computed, as fast (docs/sharding.md).
+CPU_OPTIONS = {
+  "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,"
+  "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION",
+}
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any]:
+  """What the compiler is told, so that equal networks give equal numbers."""
+  on_cpu = mesh.devices.flat[0].platform == "cpu"
+  return COMPILER_OPTIONS | (CPU_OPTIONS if on_cpu else {})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """What the compiled step takes as numbers: runs that differ in these share it.
+
+  Attributes:
+    seed: int32, of the run.
+    hyper: fp32 options of the objective, by name.
+  """
+
+  seed: Array
+  hyper: dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +88,12 @@ class Method:
     schedule: the forward process.
     noising: makes (x_t, t, target) of a batch.
     objective: turns scalars and rankings into a loss.
-    seed: of the run.
+    seed: of the run; a scalar array inside the step.
     scaling_factor: of the VAE's latents.
     weighting: how much an error counts by its timestep.
     weights: makes the policy's weights of what is trained and what is frozen.
+    fetch: brings the reference's weights to the devices, from where they are kept.
+    stored: whether batches bring the reference's errors, and the step needs no pass of it.
     microbatch: slots that go through the networks at once; all of them if 0.
     unroll: unroll the scan over microbatches (XLA's CPU convolution gradients are
       20 to 70 times slower inside a loop).
@@ -66,10 +103,12 @@ class Method:
   schedule: NoiseSchedule
   noising: Noising
   objective: Objective
-  seed: int
+  seed: int | Array
   scaling_factor: float
   weighting: Weighting = one
   weights: Weights = whole
+  fetch: Callable[[Params | None], Params | None] = lambda frozen: frozen
+  stored: bool = False
   microbatch: int = 0
   unroll: bool = False
 
@@ -78,9 +117,27 @@ class Method:
     """Whether the objective reads anything of the reference."""
     return bool(self.objective.needs & {"ref_err", "drift"})
 
+  @property
+  def runs_reference(self) -> bool:
+    """Whether the step needs the reference's weights."""
+    return self.has_reference and not self.stored
+
   def reference(self, frozen: Params | None) -> Params | None:
-    """The reference's weights, or None where the objective reads nothing of it."""
-    return frozen if self.has_reference else None
+    """The reference's weights, or None where the step needs none."""
+    return self.fetch(frozen) if self.runs_reference else None
+
+  @property
+  def inputs(self) -> Inputs:
+    """The numbers of a method that need no compilation of their own."""
+    # As `jax.random.key` reads a Python int where there are no 64 bits.
+    seed = np.int64(self.seed).astype(np.int32)
+    hyper = {name: np.float32(x) for name, x in self.objective.inputs.items()}
+    return Inputs(seed=seed, hyper=hyper)
+
+  def with_inputs(self, inputs: Inputs) -> Method:
+    """The same method with these numbers, which may be traced."""
+    objective = self.objective.with_inputs(inputs.hyper)
+    return dataclasses.replace(self, seed=inputs.seed, objective=objective)
 
 
 def mean_square(x: Array) -> Array:
@@ -100,23 +157,17 @@ def denoise(
   Args:
     unet: the network of both.
     params: the policy's weights.
-    ref_params: the reference's, or None when the objective needs none (`ref_err` and
-      `drift` are then 0).
+    ref_params: the reference's, or None when none are needed (`ref_err` and `drift` are
+      then 0).
     noised: [S, ...] inputs and targets.
     conditioning: [S, ...].
 
   Returns:
     err, ref_err, drift: [S] fp32.
   """
-  inputs = (
-    noised.noisy_latents,
-    noised.timesteps,
-    conditioning.prompt_embeds,
-    conditioning.pooled_prompt_embeds,
-    conditioning.time_ids,
-  )
+  inputs, told = (noised.noisy_latents, noised.timesteps), conditioning.arguments
   with jax.named_scope("policy"):
-    pred = unet(params, *inputs).astype(jnp.float32)
+    pred = unet(params, *inputs, **told).astype(jnp.float32)
   # Predictions are named, so that what computes a microbatch again keeps these small
   # arrays: of the reference it then needs no pass at all, and of a policy that computes
   # itself again (remat "full") no second one.
@@ -127,7 +178,8 @@ def denoise(
     err = mean_square(pred - target)
     return Denoising(err=err, ref_err=jnp.zeros_like(err), drift=jnp.zeros_like(err))
   with jax.named_scope("reference"):
-    ref_pred = unet(jax.lax.stop_gradient(ref_params), *inputs).astype(jnp.float32)
+    ref_params = jax.lax.stop_gradient(ref_params)
+    ref_pred = unet(ref_params, *inputs, **told).astype(jnp.float32)
   ref_pred = checkpoint_name(jax.lax.stop_gradient(ref_pred), "ref_pred")
   # One reduction for all three. Apart, XLA keeps the policy's difference for the backward
   # pass but fuses the reference's into its sum, adds the same numbers in another order,
@@ -192,14 +244,21 @@ def loss_and_metrics(
       batch, method.schedule, method.seed, scaling_factor=method.scaling_factor
     )
   scalars = slot_scalars(method, trainable, frozen, noised, batch.conditioning)
+  if batch.ref_err is not None:
+    unknown = jnp.full_like(batch.ref_err, jnp.nan)
+    scalars = dataclasses.replace(scalars, ref_err=batch.ref_err, drift=unknown)
   with jax.named_scope("objective"):
     weights = method.weighting(noised.timesteps)
     weighted = jax.tree.map(lambda x: x * weights, scalars)
     loss, metrics = method.objective(to_lists(weighted, batch.slot), batch.ranking)
     if method.has_reference:
       # Unweighted, so that runs can be compared.
-      denoising = to_lists(scalars, batch.slot)
-      metrics = {**standing_metrics(denoising, batch.ranking), **metrics}
+      denoising = jax.lax.stop_gradient(to_lists(scalars, batch.slot))
+      told = denoising, batch.ranking
+      place = noised.timesteps[batch.slot[:, 0]] / method.schedule.num_train_timesteps
+      metrics = {**margin_quantiles(*told), **metrics}
+      metrics = {**metrics_by_group(*told, place), **metrics}
+      metrics = {**standing_metrics(*told), **metrics}
   return loss, {"loss": loss, **metrics}
 
 
@@ -211,6 +270,8 @@ def train_step(
   method: Method,
   optimizer: optax.GradientTransformation,
   ema_decay: optax.ScalarOrSchedule = 0.0,
+  clip_norm: float = 0.0,
+  places: Places | None = None,
 ) -> tuple[TrainState, Metrics]:
   """One update.
 
@@ -221,25 +282,61 @@ def train_step(
     method: noising, objective, networks.
     optimizer: from `optimizer.build`.
     ema_decay: of `state.ema`, where there is one; may follow the completed updates.
+    clip_norm: what the optimizer clips the gradient's norm to; 0: nothing.
+    places: where things live; None: as the arguments do.
 
   Returns:
     The state after the update, and scalars: the loss, the standing metrics, the global
-    norms of gradient (before clipping) and update.
+    norms of gradient (before and after clipping) and update.
   """
   grad_fn = jax.value_and_grad(
     lambda params: loss_and_metrics(method, params, frozen, batch), has_aux=True
   )
   (_, metrics), grads = grad_fn(state.params)
   with jax.named_scope("optimizer"):
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema
+    before, ema = state.params, state.ema
+    if places is not None:
+      grads, before = (
+        jax.lax.with_sharding_constraint(tree, places.update)
+        for tree in (grads, before)
+      )
+      ema = to_device(ema, places.ema)
+    updates, opt_state = optimizer.update(grads, state.opt_state, before)
+    # Every optimizer here multiplies by its learning rate last.
+    updates = jax.tree.map(lambda x: x * state.lr_scale, updates)
+    params = optax.apply_updates(before, updates)
     if ema is not None:
       decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
       ema = optax.incremental_update(params, ema, 1.0 - decay)
   metrics["grad_norm"] = optax.tree.norm(grads)
+  metrics["grad_norm_clipped"] = jnp.minimum(metrics["grad_norm"], clip_norm or jnp.inf)
   metrics["update_norm"] = optax.tree.norm(updates)
-  return TrainState(state.step + 1, params, opt_state, ema), metrics
+  return TrainState(state.step + 1, params, opt_state, ema, state.lr_scale), metrics
+
+
+def reference_errors(method: Method, frozen: Params, batch: Batch) -> Array:
+  """`ref_err` [S] of an update as the step would compute it, fp32."""
+  noised = method.noising(
+    batch, method.schedule, method.seed, scaling_factor=method.scaling_factor
+  )
+  # The reference in the policy's place too: the compiler sees that the passes are one.
+  as_policy = dataclasses.replace(
+    method, weights=lambda _, frozen: method.reference(frozen), stored=False
+  )
+  return slot_scalars(as_policy, None, frozen, noised, batch.conditioning).ref_err
+
+
+def compile_reference_errors(
+  mesh: Mesh, frozen: Params, batch: Batch, *, method: Method
+) -> Callable[[Params, Batch], Array]:
+  """Compiles `reference_errors` ahead of time; every host gets all of them."""
+  run = jax.jit(
+    functools.partial(reference_errors, method),
+    out_shardings=parallel.replicated(mesh),
+    compiler_options=compiler_options(mesh),
+  )
+  with jax.set_mesh(mesh):
+    return run.trace(frozen, batch).lower().compile()
 
 
 def check_batch_arithmetic(mesh: Mesh, images_per_update: int, microbatch: int) -> None:
@@ -268,26 +365,52 @@ def trace_train_step(
   state: TrainState,
   frozen: Params | None,
   batch: Batch,
+  *,
+  method: Method,
   **step_args: Any,
 ) -> jax.stages.Traced:
   """Traces `train_step` for the shapes and shardings of its arguments.
 
-  The state is donated. Arguments may be arrays or ShapeDtypeStructs with shardings.
+  The state is donated. Arguments may be arrays or ShapeDtypeStructs with shardings. The
+  traced function takes the method's `inputs` after them.
   """
   everywhere = NamedSharding(mesh, PartitionSpec())
   out = jax.tree.map(lambda x: x.sharding, state)
+
+  def run(state, frozen, batch, inputs):
+    own = method.with_inputs(inputs)
+    return train_step(state, frozen, batch, method=own, **step_args)
+
   step = jax.jit(
-    functools.partial(train_step, **step_args),
+    run,
     donate_argnums=0,
     out_shardings=(out, everywhere),
-    compiler_options=COMPILER_OPTIONS,
+    compiler_options=compiler_options(mesh),
+  )
+  inputs = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), method.inputs
   )
   with jax.set_mesh(mesh):
-    return step.trace(state, frozen, batch)
+    return step.trace(state, frozen, batch, inputs)
 
 
 def compile_train_step(
-  mesh: Mesh, *arguments: Any, **step_args: Any
+  mesh: Mesh,
+  state: TrainState,
+  frozen: Params | None,
+  batch: Batch,
+  *,
+  method: Method,
+  **step_args: Any,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-  """Compiles `train_step` ahead of time; the arguments are `trace_train_step`'s."""
-  return trace_train_step(mesh, *arguments, **step_args).lower().compile()
+  """Compiles `train_step` ahead of time; the arguments are `trace_train_step`'s.
+
+  Returns:
+    (state, frozen, batch) -> (state, metrics).
+  """
+  traced = trace_train_step(mesh, state, frozen, batch, method=method, **step_args)
+  compiled = traced.lower().compile()
+  inputs = jax.tree.map(
+    lambda x: parallel.put(x, parallel.replicated(mesh)), method.inputs
+  )
+  return lambda state, frozen, batch: compiled(state, frozen, batch, inputs)

@@ -128,13 +128,14 @@ class Run:
       optimizer_name, params, **{"learning_rate": 0.01, **optimizer_args}
     )
     shardings = parallel.param_shardings(params, self.mesh)
-    self.state = state.place(
+    like = state.placement(
       self.mesh,
-      parallel.put(params, shardings),
+      params,
       self.optimizer,
       with_ema=ema_decay is not None,
       shardings=shardings,
     )
+    self.state = state.place(like, parallel.put(params, shardings), self.optimizer)
     self.ref_params = None
     if self.method.has_reference:
       self.ref_params = parallel.put(ref_params, shardings)

@@ -6,15 +6,17 @@ summing differently in the network that is differentiated and in the one that is
 
 import dataclasses
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lpo_jax import models, objectives, parallel
+import lpo_jax
+from lpo_jax import models, objectives, parallel, pretrained
 from lpo_jax.diffusion import noising, schedule
-from lpo_jax.models import lora
+from lpo_jax.models import layers, lora
 from lpo_jax.training import optimizer, state, step, tuning
 from lpo_jax.types import Batch, Conditioning, Ranking
 
@@ -73,7 +75,9 @@ def first_step(
     **method_fields,
   )
   arguments = (
-    state.place(mesh, placed, tx, with_ema=False, shardings=shardings),
+    state.place(
+      state.placement(mesh, params, tx, with_ema=False, shardings=shardings), placed, tx
+    ),
     narrow(parallel.put(params, shardings)),
     parallel.global_batch(mesh, batch),
   )
@@ -228,3 +232,65 @@ def test_sums_are_taken_in_one_order(slots, size, dtype, microbatch):
     microbatch=microbatch,
   )
   assert_nothing_has_moved(metrics, 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_block_of_the_shipped_base(dtype):
+  """At its size, XLA and the library it gives products to once shared the work unequally
+  where the backward pass keeps values and where it does not."""
+  dtype = jnp.dtype(dtype)
+
+  def make():
+    return layers.ResnetBlock(32, 64, embedding=128, groups=8, eps=1e-5, dtype=dtype)
+
+  model = models.Model.of(make, {}, models.Settings(dtype=dtype))
+  policy, reference = model.init(0), model.narrow(model.init(0))
+  rng = np.random.default_rng(0)
+  x, embedding, target = (
+    rng.standard_normal(shape).astype(np.float32)
+    for shape in ((64, 8, 8, 32), (64, 128), (64, 8, 8, 64))
+  )
+
+  def errors(policy, reference, x, embedding, target):
+    def run(params, *_, **__):
+      return model.bind(params)(x.astype(dtype), embedding.astype(dtype))
+
+    noised = step.Noised(noisy_latents=x, timesteps=x, target=target)
+    scalars = step.denoise(run, policy, reference, noised, Conditioning(x))
+    return scalars.err.mean(), scalars
+
+  options = step.compiler_options(parallel.make_mesh(devices=jax.devices()[:1]))
+  both = jax.jit(jax.value_and_grad(errors, has_aux=True), compiler_options=options)
+  (_, scalars), _ = both(policy, reference, x, embedding, target)
+  np.testing.assert_array_equal(scalars.err, scalars.ref_err)
+  assert not scalars.drift.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factors", [False, True])
+@pytest.mark.parametrize("microbatch", [0, 16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_shipped_base(dtype, microbatch, factors):
+  """At the quickstart's 64 images, where XLA once computed two square roots."""
+  pipeline = pathlib.Path(lpo_jax.__file__).parent / "assets" / "digits_base"
+  model = models.build(pretrained.read_config(pipeline, "unet"), dtype=jnp.dtype(dtype))
+  base = pretrained.load(pipeline, "unet").params
+  batch = make_batch(64, 8, 4)
+  rng = np.random.default_rng(1)
+  text = rng.standard_normal((64, 7, model.config["cross_attention_dim"]))
+  batch = dataclasses.replace(batch, conditioning=Conditioning(text.astype(np.float32)))
+  how, params, fields = tuning.whole(model), base, {}
+  if factors:
+    layout = lora.lay_out(lora.Spec(4, lora.KERNELS), model.abstract_params)
+    params = lora.init(0, base, layout)
+    how = tuning.beside(model, layout, lambda: params)
+    fields = {"weights": how.weights}
+  metrics = first_step(
+    model.apply,
+    params,
+    batch,
+    microbatch=microbatch,
+    narrow=lambda _: how.freeze(base, True),
+    **fields,
+  )
+  assert_nothing_has_moved(metrics, 4)

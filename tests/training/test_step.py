@@ -70,7 +70,8 @@ def test_dspo_inner_product_is_in_the_scalars(world):
   pred, ref_pred, target = rng.standard_normal((3, 5, 2, 2, 4)).astype(np.float32)
   noised = step.Noised(noisy_latents=pred, timesteps=np.zeros(5), target=target)
   conditioning = world.make_batch().conditioning
-  s = step.denoise(lambda p, *_: jnp.asarray(p), pred, ref_pred, noised, conditioning)
+  unet = lambda p, *_, **told: jnp.asarray(p)  # noqa: E731
+  s = step.denoise(unet, pred, ref_pred, noised, conditioning)
   inner = ((pred - target) * (pred - ref_pred)).mean((1, 2, 3))
   np.testing.assert_allclose((s.err + s.drift - s.ref_err) / 2, inner, atol=1e-6)
 
@@ -244,7 +245,9 @@ def test_metrics_of_an_update(three_updates):
   _, history = three_updates
   for before, after in itertools.pairwise(history):
     metrics = after[2]
-    assert set(metrics) == {
+    grouped = {name for name in metrics if "/" in name}
+    assert len(grouped) == 5 * (4 + 3)
+    assert set(metrics) - grouped == {
       "loss",
       "implicit_acc",
       "margin",
@@ -253,7 +256,11 @@ def test_metrics_of_an_update(three_updates):
       "drift",
       "err",
       "ref_err",
+      "margin_p10",
+      "margin_p50",
+      "margin_p90",
       "grad_norm",
+      "grad_norm_clipped",
       "update_norm",
     }
     moved = jax.tree.map(lambda a, b: a - b, after[0], before[0])
@@ -421,6 +428,37 @@ class Devices:
     self.size = size
 
 
+def test_seed_and_beta_are_inputs_of_the_compiled_step(world):
+  """One program for all of them, with the numbers of a step that has them inside."""
+
+  def method_of(seed, beta):
+    objective = world.objectives.get("lpo", beta=beta)
+    return dataclasses.replace(world.make_method(seed=seed), objective=objective)
+
+  programs, losses = set(), []
+  for seed, beta in ((3, 30.0), (4, 30.0), (3, 7.0)):
+    method = method_of(seed, beta)
+    run = world.Run(method=method)
+    arguments = (run.mesh, run.state, run.ref_params, run.place(world.make_batch()))
+    traced = step.trace_train_step(
+      *arguments, method=method, optimizer=run.optimizer, ema_decay=0.0
+    )
+    programs.add(traced.lower().as_text())
+    losses.append(run()["loss"])
+    inside, _ = jax.jit(functools.partial(step.loss_and_metrics, method))(
+      world.make_params(0), world.make_params(1), world.make_batch()
+    )
+    np.testing.assert_allclose(losses[-1], inside, rtol=1e-6)
+  assert len(programs) == 1 and len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("seed", [0, 7, -1, 2**31 + 5, 2**32 + 7])
+def test_a_seed_draws_the_same_as_an_input(world, seed):
+  inputs = world.make_method(seed=seed).inputs
+  traced = jax.jit(lambda seed: jax.random.key_data(jax.random.key(seed)))(inputs.seed)
+  np.testing.assert_array_equal(traced, jax.random.key_data(jax.random.key(seed)))
+
+
 @pytest.mark.parametrize(
   ("images", "microbatch", "words"),
   [
@@ -556,3 +594,24 @@ def test_eight_devices_are_one(on_devices):
       np.testing.assert_allclose(value, one["params"][key], rtol=0, atol=2e-6)
     # Policy = reference: nothing has moved, on any mesh.
     assert run["start"] == one["start"] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+  "options",
+  [{}, {"optimizer_name": "adafactor", "options": {"momentum": 0.9}}],
+  ids=["adamw", "adafactor"],
+)
+def test_the_scale_of_a_rollback_is_the_learning_rates(world, options):
+  """Half the scale is half the rate, decay and clipping included, to the bit."""
+  lowered, half = world.Run(learning_rate=0.02, **options), world.Run(**options)
+  assert lowered.state.lr_scale == 1
+  lowered.state = dataclasses.replace(
+    lowered.state,
+    lr_scale=jax.device_put(np.float32(0.5), lowered.state.lr_scale.sharding),
+  )
+  for epoch in range(3):
+    batch = world.make_batch(epoch)
+    assert lowered(batch)["update_norm"] == half(batch)["update_norm"] > 0
+  assert lowered.state.lr_scale == 0.5
+  for name, x in trees.named_leaves(lowered.params).items():
+    np.testing.assert_array_equal(x, trees.named_leaves(half.params)[name], name)

@@ -68,9 +68,8 @@ class Run:
     self.frozen = parallel.put(base, parallel.param_shardings(base, mesh))
     self.optimizer = optimizer.build("adamw", delta, learning_rate=0.01)
     where = parallel.param_shardings(delta, mesh)
-    self.state = state.place(
-      mesh, parallel.put(delta, where), self.optimizer, with_ema=True, shardings=where
-    )
+    like = state.placement(mesh, delta, self.optimizer, with_ema=True, shardings=where)
+    self.state = state.place(like, parallel.put(delta, where), self.optimizer)
     self.compiled = step.compile_train_step(
       mesh,
       self.state,
