@@ -243,7 +243,8 @@ def collectives(program: Program) -> list[Collective]:
         if name in computation
       )
       channel = re.search(r"channel_id=(\d+)", instruction.rest)
-      key = channel[1] if channel else f"{where}/{instruction.name}"
+      # libtpu gives one channel to collectives of two kinds.
+      key = f"{kind}/{channel[1]}" if channel else f"{where}/{instruction.name}"
       often = max(times[where], found[key].times if key in found else 0)
       found[key] = Collective(kind, given, group_size(instruction.rest), often)
   return [each for each in found.values() if each.group > 1]

@@ -9,7 +9,8 @@ from lpo_jax.jobs import plan_hlo
 
 # Shortened from libtpu 0.0.42.1's for v5e:2x4: a loop of 3 turns over a stack of kernels,
 # with an asynchronous all-gather that is written twice, a kernel over several lines, an
-# all-reduce of which a slice is kept, and arrays in faster memory, S(1).
+# all-reduce of which a slice is kept and whose channel is the same, and arrays in faster
+# memory, S(1).
 TPU = """HloModule jit_f, is_scheduled=true
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -40,7 +41,7 @@ TPU = """HloModule jit_f, is_scheduled=true
 
 %all-reduce-scatter (input: f32[64,64]) -> f32[64,16] {
   %input = f32[64,64]{1,0:T(8,128)} parameter(0)
-  %all-reduce.1 = f32[64,64]{1,0:T(8,128)} all-reduce(%input), channel_id=5, replica_groups={{0,1,2,3},{4,5,6,7}}, use_global_device_ids=true, to_apply=%add
+  %all-reduce.1 = f32[64,64]{1,0:T(8,128)} all-reduce(%input), channel_id=8, replica_groups={{0,1,2,3},{4,5,6,7}}, use_global_device_ids=true, to_apply=%add
   %at = s32[]{:T(128)} constant(0)
   ROOT %kept = f32[64,16]{1,0:T(8,128)S(1)} dynamic-slice(%all-reduce.1, %at, %at), dynamic_slice_sizes={64,16}
 }
