@@ -10,8 +10,8 @@ Hardware: 2 CPU cores, about half an hour with little else to do (estimated from
 runs; it says before it begins, and can be stopped and gone on with), and 2 GB of disk.
 Expected: at a drift of 2.0e-3 `full`, `all_pairs`, `size8` and `size4` gain 0.12 to 0.14
 of taste and cannot be told apart, `winner` 0.04 and `shuffled` nothing; at most one point
-of legibility is lost. See docs/ablation.md. `:smoke` is two methods, one beta and one seed for four updates, with
-too few images for any claim.
+of legibility is lost. See docs/ablation.md. `:smoke` is two methods, one beta and one
+seed for four updates, with too few images for any claim.
 
 The paper has no public code and does not name its betas. Numbers without a source are
 ours, the quickstart's where it has them.
