@@ -585,10 +585,10 @@ def test_finished_lists_are_split_and_checked():
 
 
 def test_pairs_of_a_long_list_are_refused_before_they_are_made():
-  begin = time.perf_counter()
+  begin = time.process_time()
   with pytest.raises(UserError, match=r"4,498,500 lists .* 3,000 images.*'groups'"):
     orders.all_pairs(range(3000), 8)
-  assert time.perf_counter() - begin < 1
+  assert time.process_time() - begin < 1
   assert len(orders.all_pairs(range(316), 8)) == 316 * 315 // 2 == 49_770
   with pytest.raises(UserError, match="50,086 lists"):
     orders.all_pairs(range(317), 8)
@@ -646,7 +646,7 @@ def test_report_is_ready_for_json():
 @pytest.mark.parametrize("strategy", lists.STRATEGIES)
 def test_fifty_thousand_judgements_take_seconds(strategy):
   source = random_judgements(50_000, 3_000, 10)
-  begin = time.perf_counter()
+  begin = time.process_time()
   _, report = lists.build(source, strategy)
-  assert time.perf_counter() - begin < 15
+  assert time.process_time() - begin < 15
   assert report.judgements_total == 50_000
