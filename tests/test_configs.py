@@ -1,5 +1,6 @@
 """The shipped configs: whole, unchanged by accident, and without dead keys."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -19,12 +20,22 @@ GOLDENS = ROOT / "tests" / "goldens" / "configs"
 WRITE = "LPO_JAX_WRITE_GOLDENS"
 
 FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name[0] != "_")
-# Every config, and every size it comes in.
+
+
+def arguments(path):
+  """What a config can be asked for after its colon: sizes, or presets by name."""
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  smoke = any(word in path.stem for word in ("quickstart", "ablation", "sweep"))
+  return ["", *(["smoke"] if smoke else ()), *getattr(module, "PRESETS", ())]
+
+
+# Every config, and every size and preset it comes in.
 LOCATIONS = [
-  f"{path.stem}:{size}" if size else path.stem
+  f"{path.stem}:{argument}" if argument else path.stem
   for path in FILES
-  for size in ("", "smoke")
-  if not size or "quickstart" in path.stem or "ablation" in path.stem
+  for argument in arguments(path)
 ]
 # How a section is called where it is read, besides its own name.
 CALLED = {
@@ -105,7 +116,7 @@ def test_every_shipped_config_is_whole(location):
       if value is None or given[key] is None:
         continue
       if isinstance(value, ml_collections.ConfigDict):
-        if prefix + key not in main.OPEN_SECTIONS:
+        if prefix + key not in common.OPEN_SECTIONS:
           compare(given[key], value, f"{prefix}{key}.")
       else:
         assert isinstance(given[key], type(value)), f"{prefix}{key}: {given[key]!r}"
@@ -117,11 +128,16 @@ def leaves(config, prefix=""):
   """Dotted keys of all values; open sections, which are handed on whole, as one."""
   for key, value in config.items(preserve_field_references=False):
     if isinstance(value, ml_collections.ConfigDict) and (
-      prefix + key not in main.OPEN_SECTIONS
+      prefix + key not in common.OPEN_SECTIONS
     ):
       yield from leaves(value, f"{prefix}{key}.")
     else:
       yield prefix + key
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones():
+  with pytest.raises(main.UserError, match=r"'papr'; did you mean 'paper'\?"):
+    load("repro_dpo_sd15:papr")
 
 
 def test_every_key_of_common_is_read_by_some_code():

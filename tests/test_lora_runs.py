@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from lpo_jax import main, parallel, pretrained, trees
-from lpo_jax.jobs import blueprint, evaluate
+from lpo_jax.jobs import blueprint, candidates
 from lpo_jax.models import lora
 from lpo_jax.pretrained import lora as lora_files
 from lpo_jax.training.report import read_metrics
@@ -95,7 +95,7 @@ def test_all_exports_are_the_same_weights(tiny_cache, straight, exported):
   mesh = parallel.make_mesh()
   places = [straight, *exported.values()]
   drawn = [
-    evaluate.candidate_params(str(place), mesh, str(tiny_cache.pipeline))
+    candidates.load_params(str(place), mesh, str(tiny_cache.pipeline))
     for place in places
   ]
   for params, _ in drawn[1:]:
@@ -115,6 +115,14 @@ def test_the_header_tells_of_the_run(exported):
   assert header["ss_learning_rate"] == "0.001" and header["ss_steps"] == str(TOTAL)
   assert header["modelspec.prediction_type"] == "epsilon"
   assert json.loads(header["lpo_jax.objective"]) == {"name": "lpo", "beta": 500.0}
+
+
+def test_cards_say_how_to_use_each_kind(exported):
+  """Beside the file of factors, and in the merged pipeline's folder."""
+  for (kind, _), folder in exported.items():
+    card = (folder / "README.md").read_text("utf-8")
+    assert ("load_lora_weights" in card) == (kind == "lora")
+    assert "| LoRA | rank 2, alpha 4 |" in card and f"| updates | {TOTAL} |" in card
 
 
 def test_training_goes_on_from_a_file(tiny_cache, exported, tmp_path):

@@ -16,16 +16,17 @@ import numpy as np
 
 from lpo_jax import console, parallel, pretrained, trees
 from lpo_jax.errors import UserError, unknown_name
-from lpo_jax.jobs import adapters, blueprint
+from lpo_jax.jobs import adapters, blueprint, model_card
 from lpo_jax.models import lora
 from lpo_jax.pretrained import lora as lora_files
+from lpo_jax.pretrained import publishing
 
 # Largest difference to diffusers' own UNet, of the output's norm: fp32 on both sides.
 TOLERANCE = 1e-4
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-  """Writes `export.path`, reads it back, and only then says done.
+  """Writes `export.path` with its model card, reads it back, and pushes it if asked.
 
   Args:
     config: the run's config.
@@ -35,13 +36,46 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     The folder, the step, and what was compared.
 
   Raises:
-    UserError: no checkpoint, an unknown kind, or an export that is not what was trained.
+    UserError: no checkpoint, an unknown kind, an export that is not what was trained, or
+      one that the Hub does not take.
   """
-  kind = config.export.kind
+  kind, workdir = config.export.kind, pathlib.Path(workdir)
   if kind not in KINDS:
     raise unknown_name("export.kind", kind, KINDS)
+  if config.export.push_to:
+    publishing.check_id(config.export.push_to)
+  model_card.evaluation_folder(config, workdir)  # refused before hours of writing
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
-  return KINDS[kind](config, pathlib.Path(workdir), mesh)
+  done = KINDS[kind](config, workdir, mesh)
+  if parallel.is_main_process():
+    _describe_and_push(config, workdir, done)
+  parallel.barrier("export described")
+  return done
+
+
+def _describe_and_push(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, done: dict[str, Any]
+) -> None:
+  """Writes the model card, and pushes it with what it is about to `export.push_to`."""
+  path = pathlib.Path(done["path"])
+  in_file = config.export.kind == "lora"
+  exported = model_card.Exported(
+    folder=path.parent if in_file else path,
+    kind="pipeline" if config.export.kind == "merged" else config.export.kind,
+    step=done["step"],
+    checked=done["checked"],
+    file=path.name if in_file else "",
+  )
+  console.say(f"model card: {model_card.write(config, workdir, exported)}")
+  if config.export.push_to:
+    address = publishing.push(
+      exported.folder,
+      config.export.push_to,
+      private=config.export.private,
+      files=model_card.files_to_push(exported),
+      message=f"{config.objective.name}, {exported.step} updates (lpo_jax)",
+    )
+    console.say(f"pushed: {address}")
 
 
 def _clear(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
