@@ -12,6 +12,9 @@ LOG_EVERY_S = 10.0
 
 log = logging.getLogger("lpo_jax")
 
+# The live line that now stands on the terminal without an end, if there is one.
+_standing: Progress | None = None
+
 # Characters that have no place in text shown to a person: controls (but tab and line
 # feed), bidirectional overrides that reorder what follows, lone surrogates.
 _UNPRINTABLE = re.compile(
@@ -37,6 +40,8 @@ def say(message: str) -> None:
   import jax
 
   if jax.process_index() == 0:
+    if _standing is not None:
+      _standing.clear()  # what is said stands above it; the next update draws it again
     print(printable(message), flush=True)
 
 
@@ -105,6 +110,7 @@ class Progress:
       sys.stderr.write("\n" if done >= self.total else "")
       sys.stderr.flush()
       self._width = len(line)
+      _set_standing(self if done < self.total else None)
     else:
       print(line, flush=True)
 
@@ -118,3 +124,15 @@ class Progress:
     """Leaves the live line, so that what is printed next starts on its own."""
     if self._live and not self._quiet:
       sys.stderr.write("\n")
+      _set_standing(None)
+
+  def clear(self) -> None:
+    """Takes the live line away until the next update."""
+    sys.stderr.write("\r" + " " * self._width + "\r")
+    sys.stderr.flush()
+    _set_standing(None)
+
+
+def _set_standing(progress: Progress | None) -> None:
+  global _standing
+  _standing = progress

@@ -84,6 +84,28 @@ def test_a_terminal_gets_one_line_that_is_overwritten(time, capsys, monkeypatch)
   assert written.count("\n") == 1
 
 
+def test_what_is_said_stands_above_the_live_line(time, capsys, monkeypatch):
+  monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+  progress = console.Progress("s", 3, "x")
+  time.now += 1
+  progress.update(1)
+  drawn = capsys.readouterr().err
+  console.warn("mind")
+  captured = capsys.readouterr()
+  assert captured.err == "\r" + " " * (len(drawn) - 1) + "\r"  # the line is taken away
+  assert captured.out == "warning: mind\n"
+  console.say("twice")  # there is nothing left to take away
+  assert capsys.readouterr().err == ""
+  time.now += 1
+  progress.update(2)
+  assert capsys.readouterr().err.startswith("\rs  2/3 x")
+  time.now += 1
+  progress.update(3)  # ends its line itself
+  capsys.readouterr()
+  console.say("after")
+  assert capsys.readouterr().err == ""
+
+
 def test_other_processes_are_quiet(time, capsys, monkeypatch):
   monkeypatch.setattr("jax.process_index", lambda: 1)
   progress = console.Progress("s", 1, "x")

@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 
 from lpo_jax import __version__
+from lpo_jax.configs import common
 from lpo_jax.jobs.evaluate import Evaluation
 from lpo_jax.pages import Headline, ImageGrid, RunReport, write_run_report
 from lpo_jax.scoring import scorers
@@ -45,6 +46,9 @@ def write(
   """
   rows = evaluation.rows
   methods = list(runs)
+  pages = [
+    f"{m}/report.html" for m in methods if (workdir / m / "report.html").exists()
+  ]
   report = RunReport(
     title="lpo_jax quickstart: teaching a model what people like",
     summary=summary(rows, methods),
@@ -58,6 +62,7 @@ def write(
     timings={**timings, "total": sum(timings.values())},
     notes=notes(config, rows, methods, exported) + rollout_notes(runs),
     config=json.loads(config.to_json_best_effort()),
+    defaults=json.loads(common.get_config().to_json_best_effort()),
     versions=versions(),
     files={
       "judgements/judgements.parquet": "what the simulated people clicked, in "
@@ -67,10 +72,12 @@ def write(
         f"{m}/": "the training run: config, checkpoints, metrics, TensorBoard"
         for m in methods
       },
+      **{page: "the page of that run alone" for page in pages},
       "evaluation/": "every image, per-image scores, tables, gallery.html",
       "summary.json": "every figure of this page",
       str(exported["path"]): "the aligned pipeline, a diffusers folder",
     },
+    links=("data_report.html", "summary.json", *pages),
   )
   write_run_report(workdir / "report.html", report)
 

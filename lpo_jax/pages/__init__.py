@@ -220,6 +220,21 @@ class ImageGrid:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sample:
+  """An image that a run drew on its way.
+
+  Attributes:
+    label: when, e.g. "step 500".
+    image: encoded, as small as it is to be shown.
+    pixelated: draw enlarged pixels as squares.
+  """
+
+  label: str
+  image: bytes
+  pixelated: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class RunReport:
   """What the page of a run shows; a section without content is left out.
 
@@ -231,23 +246,31 @@ class RunReport:
     summary: the outcome in plain words; blank lines separate paragraphs.
     headlines: the few figures to see first.
     grid: images side by side.
+    samples: what the run drew from the same prompts and seeds, in order.
+    samples_of: the prompts of `samples`, one a row of each image.
     win_rates: rows {candidate, baseline, scorer, n, win_rate, ci_low, ci_high, ties,
       mean_candidate, mean_baseline}, and p_sign, unit, units if known.
     scorers: scorer -> what it measures, one sentence.
     training: run -> its metrics rows (step, loss, implicit_acc, margin, drift, ...).
-    data: what the data report said: name -> value.
+    data: what is known of the data: name -> value.
     list_lengths: images in a list -> number of lists.
+    checkpoints: rows {step, megabytes, what}.
     timings: stage -> seconds, in order.
     notes: caveats, one plain sentence each.
+    commands: what for -> the command, to go on from here.
     config: the resolved config.
+    defaults: what `config` would be by itself; keys that differ are marked.
     versions: package -> version.
     files: path -> what is there.
+    links: the paths among `files` that lie beside the page, to be followed.
   """
 
   title: str
   summary: str = ""
   headlines: Sequence[Headline] = ()
   grid: ImageGrid | None = None
+  samples: Sequence[Sample] = ()
+  samples_of: Sequence[str] = ()
   win_rates: Sequence[Mapping[str, Any]] = ()
   scorers: Mapping[str, str] = dataclasses.field(default_factory=dict)
   training: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(
@@ -255,53 +278,25 @@ class RunReport:
   )
   data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   list_lengths: Mapping[int, int] = dataclasses.field(default_factory=dict)
+  checkpoints: Sequence[Mapping[str, Any]] = ()
   timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
   notes: Sequence[str] = ()
+  commands: Mapping[str, str] = dataclasses.field(default_factory=dict)
   config: Mapping[str, Any] | None = None
+  defaults: Mapping[str, Any] | None = None
   versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
   files: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-# (metric, title, dashed line, what it means)
-_CURVES = (
-  (
-    "loss",
-    "Loss",
-    None,
-    "What training minimises. Methods have different losses (a pair starts at log 2, a "
-    "ranking of m images at log m!), so compare each curve with its own beginning.",
-  ),
-  (
-    "implicit_acc",
-    "Implicit accuracy",
-    0.5,
-    "Share of ordered pairs that the model now ranks as people did. "
-    "0.5 is a coin toss.",
-  ),
-  (
-    "margin",
-    "Margin",
-    0.0,
-    "How much more the model improved on the preferred image of a pair than on the "
-    "other one, against the reference.",
-  ),
-  (
-    "drift",
-    "Drift",
-    None,
-    "How far the model's predictions have moved from the reference's, as a mean "
-    "square. The price paid for the win rate.",
-  ),
-)
+  links: Sequence[str] = ()
 
 
 def write_run_report(path: str | os.PathLike, report: RunReport) -> None:
   """Writes the page of a run: images, win rates, curves, data, timings, config."""
+  from lpo_jax.pages import curves
+
   colors = _candidate_colors(report)
   by_scorer: dict[str, list] = {}
   for row in report.win_rates:
     by_scorer.setdefault(row["scorer"], []).append(row)
-  config = report.config and json.dumps(report.config, indent=2, default=str)
   total = sum(report.timings.values()) or 1.0
   write_page(
     path,
@@ -312,16 +307,45 @@ def write_run_report(path: str | os.PathLike, report: RunReport) -> None:
     grid=report.grid and _grid_rows(report.grid),
     scorers=_scorer_sections(report, by_scorer, colors),
     interval_unit=_interval_unit(report.win_rates),
-    curves=_training_charts(report.training, colors),
-    speeds=_speeds(report.training),
+    samples=[(sample, image_uri(sample.image)) for sample in report.samples],
+    curves=curves.main_charts(report.training, colors),
+    other_curves=curves.other_charts(report.training, colors),
+    speeds=curves.speeds(report.training),
     lengths=_length_chart(report.list_lengths),
     timings=[
       (stage, seconds, seconds / total) for stage, seconds in report.timings.items()
     ],
     largest_share=max(report.timings.values(), default=0.0) / total or 1.0,
     total_seconds=sum(report.timings.values()),
-    config=config,
+    config=report.config and json.dumps(report.config, indent=2, default=str),
+    changed=_changed(report.config, report.defaults),
   )
+
+
+def _changed(
+  config: Mapping[str, Any] | None, defaults: Mapping[str, Any] | None
+) -> list[tuple[str, str, str]]:
+  """Lists (dotted key, value, default) wherever a config is not the default."""
+  if config is None or defaults is None:
+    return []
+  mine, theirs = _flat(config), _flat(defaults)
+  shown = {key: json.dumps(value, default=str) for key, value in theirs.items()}
+  rows = []
+  for key, value in mine.items():
+    value = json.dumps(value, default=str)
+    if value != shown.get(key):
+      rows.append((key, value, shown.get(key, "")))
+  return rows
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+  """Flattens nested mappings to dotted keys; empty sections are left out."""
+  if not isinstance(tree, Mapping):
+    return {prefix[:-1]: tree}
+  flat = {}
+  for key, value in tree.items():
+    flat |= _flat(value, f"{prefix}{key}.")
+  return flat
 
 
 def _candidate_colors(report: RunReport) -> dict[str, int]:
@@ -398,48 +422,6 @@ def _interval_unit(rows: Sequence[Mapping[str, Any]]) -> str | None:
   """Returns what the intervals resample, if all rows agree on it."""
   units = {row.get("unit") for row in rows}
   return units.pop() if len(units) == 1 else None
-
-
-def _training_charts(
-  training: Mapping[str, Sequence[Mapping[str, Any]]], colors: Mapping[str, int]
-) -> list[tuple[Any, str]]:
-  from lpo_jax.pages import charts
-
-  drawn = []
-  for metric, title, hline, meaning in _CURVES:
-    series = {}
-    for run, rows in training.items():
-      points = [
-        (row["step"], row[metric])
-        for row in rows
-        if row.get(metric) is not None and row.get("step") is not None
-      ]
-      if any(np.isfinite(value) for _, value in points):
-        series[run] = tuple(np.asarray(points, np.float64).T)
-    if series:
-      longest = max(len(x) for x, _ in series.values())
-      chart = charts.line_chart(
-        series,
-        title=title,
-        x_label="step",
-        smooth=max(1, min(longest, 300) // 15),
-        hline=hline,
-        colors=colors,
-      )
-      drawn.append((chart, meaning))
-  return drawn
-
-
-def _speeds(
-  training: Mapping[str, Sequence[Mapping[str, Any]]],
-) -> dict[str, float]:
-  """Returns each run's median images a second."""
-  speeds = {}
-  for run, rows in training.items():
-    known = [row["images_per_second"] for row in rows if row.get("images_per_second")]
-    if known:
-      speeds[run] = float(np.median(known))
-  return speeds
 
 
 def _length_chart(lengths: Mapping[int, int]) -> Any:

@@ -157,6 +157,34 @@ def test_nothing_a_prompt_says_becomes_markup(tmp_path):
   assert "a\ufffdb\ufffd[31m\ufffdright\ufffd $x$" in text
 
 
+def test_what_only_a_run_has_is_text_too(tmp_path):
+  text = _write(
+    tmp_path,
+    _report(
+      samples=[
+        pages.Sample(
+          HOSTILE, base64.b64decode(pages.image_uri(_image()).partition(",")[2])
+        )
+      ],
+      samples_of=[HOSTILE],
+      checkpoints=[{"step": 1500, "megabytes": 3.5, "what": HOSTILE}],
+      commands={HOSTILE: HOSTILE},
+      training={"LPO": [{"step": 1, HOSTILE: 2.0}, {"step": 2, HOSTILE: 3.0}]},
+      config={"seed": 7, "data": {"path": HOSTILE, "flip": "off"}, "more": {}},
+      defaults={"seed": 0, "data": {"path": "", "flip": "off"}, "more": {}},
+      links=["summary.json"],
+    ),
+  )
+  reader = _read(text)
+  assert {"samples", "checkpoints", "go-on"} <= set(reader.sections)
+  assert reader.handlers == [] and reader.tags.count("script") == 1
+  assert "step 1,500" in reader.shown and "3.5 MB, <script>alert" in reader.shown
+  assert "summary.json" in reader.loads
+  table = text[text.index('class="changed"') :].split("</table>")[0]
+  assert re.findall(r"<tr><td><code>(.*?)</code>", table) == ["seed", "data.path"]
+  assert "measured (1)" in reader.shown  # under its own name, cleaned and escaped
+
+
 def test_the_page_loads_nothing(tmp_path):
   text = _write(tmp_path, _report())
   reader = _read(text)
