@@ -17,6 +17,7 @@ OPEN_SECTIONS = (
   "data.mixture",
   "train.optimizer_args",
   "eval.candidates",
+  "eval.scorer_paths",
   "inspect.limits",
 )
 
@@ -74,7 +75,17 @@ def get_config() -> ml_collections.ConfigDict:
       "resolution": 512,
       "max_pixels": 100_000_000,  # larger ones are bad images; ours: 300 MB decoded
       "max_bad_images": 0.01,  # stop when more than this share cannot be decoded
+      "held_out": 0.0,  # share of the prompts whose lists are never trained on
       "caption_dropout": 0.2,  # Diffusion-DPO train.py --proportion_empty_prompts
+      # Of edits, with the image to edit withheld and with both withheld; InstructPix2Pix:
+      # 0.05 each, as the caption alone
+      "source_dropout": 0.0,
+      "both_dropout": 0.0,
+      # After so many epochs a list meets its timestep, noise and views again; 0: never
+      "draws": 0,
+      # The reference's errors: None: computed in the step | "": <workdir>/reference, or a
+      # folder, where --job reference put them
+      "reference": placeholder(str),
       # Mirrored with probability 1/2. off, ours | list: all images of a list or none |
       # independent: each by itself, as Diffusion-DPO's script within a pair
       "flip": "off",
@@ -109,21 +120,74 @@ def get_config() -> ml_collections.ConfigDict:
       "ema": 0.0,  # decay of the running mean that is exported; 0: none
       # constant | ramp: min(ema, (1 + n) / (10 + n)) after n updates, diffusers' EMAModel
       "ema_schedule": "constant",
-      "on_nonfinite": "stop",  # stop | skip
+      # What is done where a run goes wrong, docs/resume.md; the numbers are ours.
+      # A loss or gradient that is NaN or infinite: stop | skip the update | rollback
+      "on_nonfinite": "stop",
+      # loss, err or update_norm above so many times its running median for so many steps
+      # in a row: off | warn | stop | rollback
+      "on_runaway": "warn",
+      "runaway_factor": 5.0,
+      "runaway_steps": 5,
+      # rollback: the last good checkpoint, the learning rate times this, so often a run
+      "rollback_factor": 0.5,
+      "max_rollbacks": 3,
+      # What a run with a finite loss can do wrong, docs/alarms.md. Each: off | warn |
+      # lower_lr (times rollback_factor) | rollback | stop. Bounds are shares of the
+      # reference's error, ours.
+      "alarms": ml_collections.ConfigDict(
+        {
+          "window": 5,  # updates whose median is judged
+          "winner_worse": "warn",  # best images denoised worse than by the reference
+          "winner_worse_above": 0.05,
+          "runaway_margin": "warn",  # margin_p90
+          "runaway_margin_above": 0.5,
+          "drift": "warn",
+          "drift_above": 0.2,
+          # trained_scorer above its first run point's, unseen_scorer below by this share
+          "reward_hacking": "warn",
+          "reward_hacking_above": 0.1,
+          "trained_scorer": "",  # of eval.scorers; empty: no such alarm
+          "unseen_scorer": "",
+        }
+      ),
       "checkpoint_every": 500,
       "keep_last": 2,
+      "keep_every": 0,  # keep for good the checkpoints of steps this divides; 0: none
+      "keep_best": 0,  # keep besides so many of the best by best_metric
+      "best_metric": "",  # a score or a metric of metrics.jsonl; "-loss": less is better
+      # Say where a run hangs in which no step completes for so long; 0: no watchdog. Ours.
+      "hang_minutes": 30.0,
+      "on_hang": "report",  # report | exit, with 3, so that a scheduler starts it again
       "log_every": 1,
       "max_minutes": 0.0,  # stop resumably (exit 3) after this; 0: no budget
     }
   )
-  config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1})
+  # What each choice costs: docs/sharding.md.
+  config.mesh = ml_collections.ConfigDict(
+    {
+      "data": -1,  # groups of devices that each hold a copy; -1: what is left
+      "fsdp": 1,  # devices that share one: parameters, moments and EMA are split
+      "slices": -1,  # with a slow network between them; -1: as TPUs say themselves
+      "parameters": "sharded",  # sharded | replicated: moments and EMA alone (ZeRO-1)
+      "reference": "auto",  # sharded | replicated | auto: replicated if small
+      "offload": (),  # of "ema" and "reference", what is kept in the host's memory
+    }
+  )
 
   config.eval = ml_collections.ConfigDict(
     {
-      "prompts": placeholder(object),  # a file of prompts, or a tuple of texts
-      "every": 0,  # draw `samples/` every so many updates while training; 0: never
+      # A file of prompts, a tuple of texts, or a published set: docs/evaluation.md
+      "prompts": placeholder(object),
+      "prompts_sha256": "",  # what the set's hash must be; empty: taken as it comes
+      # Run points: draw and score `samples/` every so many updates of a run; 0: never
+      "every": 0,
+      "held_out": 0,  # lists of data.held_out whose order is judged there; 0: none
       "scorers": (),
-      "candidates": ml_collections.ConfigDict(),  # name -> run, diffusers folder, LoRA
+      # scorer -> file, folder or Hub id of its weights ("_" for "." in its name), or
+      # -> {path, tokenizer, ...}; those not here are the published ones: docs/scorers.md
+      "scorer_paths": ml_collections.ConfigDict(),
+      # name -> run (run@STEP, run:raw), diffusers folder, Hub id, LoRA, folder of images
+      "candidates": ml_collections.ConfigDict(),
       "baseline": "base",  # whom win rates are against
       "sampler": "ddim",
       "steps": 50,
@@ -135,6 +199,12 @@ def get_config() -> ml_collections.ConfigDict:
       "seeds": 1,  # images per prompt, from seed 0 on
       "first_seed": 0,
       "batch_size": 16,
+      # same_seed (Diffusion-DPO) | median_of_k (Diffusion-DRO), or both
+      "protocols": ("same_seed",),
+      "median_by": "",  # whose median; empty: each scorer its own (DRO: PickScore)
+      "correction": "holm",  # of the sign tests' p values: holm | bonferroni | none
+      "missing": "refuse",  # images that a folder lacks: refuse | leave_out, for all
+      "gallery_mb": 28.0,  # largest gallery.html; 0: none
     }
   )
   config.export = ml_collections.ConfigDict(
@@ -146,6 +216,12 @@ def get_config() -> ml_collections.ConfigDict:
       "format": "peft",  # of a LoRA file: peft (diffusers) | kohya (A1111, Forge, Comfy)
       "rank": 64,  # of all kernels, where factors are extracted; ours
       "dtype": "float32",  # of a LoRA file: float32 | float16 | bfloat16
+      # Of the model card: the licence, if not the base's; the workdir of the evaluation
+      # that it shows, if not the run's own.
+      "licence": "",
+      "evaluation": "",
+      "push_to": "",  # "owner/name" on the Hub; empty: nothing leaves this machine
+      "private": True,  # if that makes a repository; ours: nothing is public unasked
     }
   )
   config.select = ml_collections.ConfigDict(
@@ -167,6 +243,26 @@ def get_config() -> ml_collections.ConfigDict:
       "scorers": (),  # who ranks; several: by the share of the others that they beat
       "tie_tolerance": 0.0,  # scores this close are a tie
       "path": "",  # empty: <workdir>/lists.parquet
+    }
+  )
+  config.plan = ml_collections.ConfigDict(
+    {
+      # What to compile for, separated by commas: v5e:2x4 (a chip and its torus), v5e-8
+      # (the vendor's name), v5p, v6e, or cpu:8; docs/tpu.md
+      "topology": "",
+      "search": False,  # also compile other remat, microbatch, fsdp: the fastest that fits
+      # quick: little of the compiler's work within kernels | full: as a run is compiled,
+      # tens of minutes | none: trace only, temporaries stay unknown
+      "effort": "quick",
+    }
+  )
+  # metrics.jsonl and TensorBoard are always written.
+  config.logging = ml_collections.ConfigDict(
+    {
+      # Project of Weights & Biases that gets the rows of metrics.jsonl as well, if its
+      # package is there; empty: none. WANDB_MODE=offline is theirs.
+      "wandb": "",
+      "report": "report.html",  # the page of a training run, in its workdir; empty: none
     }
   )
   config.inspect = ml_collections.ConfigDict(

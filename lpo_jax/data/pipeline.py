@@ -18,6 +18,7 @@ import numpy as np
 
 from lpo_jax.data.cache import Cache
 from lpo_jax.data.draws import Draws, Part
+from lpo_jax.data.held_out import parts_of
 from lpo_jax.data.packing import Packer, Plan, Progress
 from lpo_jax.data.references import References
 from lpo_jax.errors import UserError, unknown_name
@@ -57,6 +58,7 @@ class Batches:
     time_ids: str = "resolution",
     draws: int = 0,
     references: References | None = None,
+    only: np.ndarray | None = None,
     process_index: int = 0,
     process_count: int = 1,
     prefetch: int = 2,
@@ -76,6 +78,7 @@ class Batches:
       draws: after so many epochs a list meets the same noise, timestep and views again;
         0: never.
       references: where the reference's errors are read; None if the step computes them.
+      only: indices of the lists that are drawn from, ascending; None: all.
       process_index: this process.
       process_count: P; this process reads slots index * S/P and the S/P - 1 after it.
       prefetch: number of batches prepared ahead; 0 prepares in the caller's thread.
@@ -120,6 +123,7 @@ class Batches:
       time_ids=time_ids,
       draws=draws,
       references=references,
+      only=only,
       share=(process_index, process_count),
     )
     # A thread that still reads when the interpreter goes down would abort the process:
@@ -209,6 +213,7 @@ class _Updates:
     time_ids,
     draws,
     references,
+    only,
     share,
   ):
     lists = cache.lists
@@ -220,7 +225,9 @@ class _Updates:
     self._no_caption = (0.0, caption), (caption + source, caption + source + both)
     self._no_source = (caption, caption + source), self._no_caption[1]
     self._time_ids = time_ids
-    self._lengths = np.diff(lists.offsets)
+    lengths = np.diff(lists.offsets)
+    self._only = np.arange(len(lengths)) if only is None else np.asarray(only)
+    self._lengths = lengths[self._only]
     self.lists_per_epoch = len(self._lengths)
     if not self.lists_per_epoch:
       raise UserError(f"the cache {cache.folder} has no lists; run --job cache.")
@@ -236,10 +243,11 @@ class _Updates:
     self._longest = longest
     index, count = share
     self._share = slice(index * slots // count, (index + 1) * slots // count)
-    self.parts, self.draws = cache.parts, Draws(cache.parts, self._seed)
+    self.parts = cache.parts if only is None else parts_of(cache.parts, self._only)
+    self.draws = Draws(self.parts, self._seed)
     self._packer = Packer(self._lengths, slots)
     self._progress = Progress()
-    self._digest = _lists_digest(lists, cache.parts)
+    self._digest = _lists_digest(lists, cache.parts, only)
     self.batch_spec = self._spec()
 
   def __next__(self) -> Batch:
@@ -286,7 +294,7 @@ class _Updates:
     start = 0
     for row, position in enumerate(plan.positions):
       draw = self.draws.at(position)
-      index, epoch = draw.index, draw.epoch
+      index, epoch = int(self._only[draw.index]), draw.epoch
       epoch = epoch % self._repeat if self._repeat else epoch
       items = slice(int(lists.offsets[index]), int(lists.offsets[index + 1]))
       length = items.stop - items.start
@@ -387,7 +395,7 @@ def _in_any(coin: int, intervals: Sequence[tuple[float, float]]) -> bool:
   return any(low * 2**64 <= coin < high * 2**64 for low, high in intervals)
 
 
-def _lists_digest(lists: Any, parts: Sequence[Part]) -> str:
+def _lists_digest(lists: Any, parts: Sequence[Part], only: np.ndarray | None) -> str:
   """Short hash of the lists: the order is a function of them and of the seed."""
   digest = hashlib.sha256()
   source = [] if lists.source_image is None else [lists.source_image]
@@ -395,4 +403,6 @@ def _lists_digest(lists: Any, parts: Sequence[Part]) -> str:
     digest.update(np.ascontiguousarray(column).tobytes())
   if len(parts) > 1:
     digest.update(repr(parts).encode())
+  if only is not None:
+    digest.update(np.asarray(only, np.int64).tobytes())
   return digest.hexdigest()[:16]

@@ -9,14 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from lpo_jax import models, objectives, parallel, pretrained
+from lpo_jax.data import held_out
 from lpo_jax.data.pipeline import Batches
 from lpo_jax.data.references import References
 from lpo_jax.diffusion import noising, schedule, weighting
 from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.jobs import adapters, watchdog
-from lpo_jax.training import guard
+from lpo_jax.training import alarms, guard
+from lpo_jax.training import held_out as held_out_lib
 from lpo_jax.training import online as online_lib
 from lpo_jax.training import optimizer as optimizer_lib
 from lpo_jax.training import places as places_lib
@@ -166,7 +169,7 @@ def make_batches(
   cache: Any,
   references: References | None = None,
 ) -> Batches:
-  """This process's batches.
+  """This process's batches of the lists that are not held out.
 
   Args:
     config: the run's.
@@ -174,8 +177,12 @@ def make_batches(
     references: where the reference's errors are, if they were computed beforehand.
   """
   data = config.data
+  only = None
+  if data.held_out:
+    only, _ = held_out.split(cache.lists, data.held_out, config.seed)
   return Batches(
     cache,
+    only=only,
     images_per_update=slots_of_data(config),
     seed=config.seed,
     caption_dropout=data.caption_dropout,
@@ -188,6 +195,64 @@ def make_batches(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
+
+
+def make_held_out(
+  config: ml_collections.ConfigDict,
+  mesh: jax.sharding.Mesh,
+  blueprint: Blueprint,
+  cache: Any,
+) -> held_out_lib.HeldOut | None:
+  """What measures the policy on lists held out; None where `eval.held_out` is 0.
+
+  Of the lists that `data.held_out` leaves out, `eval.held_out` are taken, the ones of
+  smallest list id: always the same.
+  """
+  count = config.eval.held_out
+  if not (count and config.eval.every):
+    return None
+  _, held = held_out.split(cache.lists, config.data.held_out, config.seed)
+  order = np.argsort(cache.lists.list_id[held], kind="stable")
+  chosen = np.sort(held[order[:count]])
+
+  def batches() -> Batches:
+    return Batches(
+      cache,
+      only=chosen,
+      images_per_update=config.train.images_per_update,
+      seed=config.seed,
+      time_ids=config.data.time_ids,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      prefetch=1,
+    )
+
+  return held_out_lib.HeldOut(blueprint.method, mesh, batches, len(chosen))
+
+
+def _check_held_out(config: ml_collections.ConfigDict) -> None:
+  """Refuses to measure on lists held out where there are none, or no reference."""
+  if config.eval.held_out < 0:
+    raise UserError(
+      f"eval.held_out={config.eval.held_out}: expected a number of lists, or 0."
+    )
+  if not config.eval.held_out:
+    return
+  needs = objectives.get(**config.objective).needs
+  why = {
+    "data.held_out=0 leaves no list out": not config.data.held_out,
+    f"objective.name={config.objective.name!r} has no reference": not needs
+    & {"ref_err", "drift"},
+    "`online` has samples of the policy in its lists": bool(config.online),
+    "with data.reference a run has no reference's weights": config.data.reference
+    is not None,
+  }
+  for reason, holds in why.items():
+    if holds:
+      raise UserError(
+        f"eval.held_out={config.eval.held_out} asks for the implicit accuracy on lists "
+        f"never trained on, but {reason}: expected eval.held_out=0, or that changed."
+      )
 
 
 def check_reference(config: ml_collections.ConfigDict) -> None:
@@ -277,6 +342,8 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
   if config.data.reference is not None:
     check_reference(config)
   guard.check_policies(config.train)
+  alarms.check_policies(config)
+  _check_held_out(config)
   watchdog.check_policy(config.train.hang_minutes, config.train.on_hang)
   state_lib.ema_schedule(config.train.ema_schedule, config.train.ema)
   objectives.get(**config.objective)

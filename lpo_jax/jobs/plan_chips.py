@@ -56,6 +56,26 @@ CHIPS = {
   "v6e": Chip("v6e", 31.25 * GiB, 918e12, 1638e9, 400e9, 1, _FLAT),
 }
 CPU = "cpu"
+# How jax calls a device -> its bf16 FLOP/s, the first prefix that fits. GPUs: NVIDIA's
+# data sheets of the SXM modules, without sparsity (H200 and H100 989, A100 312 TFLOPS).
+PEAKS = {
+  "TPU v5 lite": CHIPS["v5e"].peak,
+  "TPU v5e": CHIPS["v5e"].peak,
+  "TPU v5": CHIPS["v5p"].peak,
+  "TPU v6": CHIPS["v6e"].peak,
+  "NVIDIA H200": 989e12,
+  "NVIDIA H100 80GB HBM3": 989e12,
+  "NVIDIA A100-SXM": 312e12,
+}
+
+
+def peak_of(kind: str) -> float | None:
+  """bf16 FLOP/s of a device by `jax.Device.device_kind`; None if nobody wrote it down.
+
+  >>> peak_of("TPU v5 lite"), peak_of("TPU v5p"), peak_of("cpu")
+  (197000000000000.0, 459000000000000.0, None)
+  """
+  return next((peak for prefix, peak in PEAKS.items() if kind.startswith(prefix)), None)
 
 
 @dataclasses.dataclass(frozen=True)

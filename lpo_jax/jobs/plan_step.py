@@ -91,11 +91,15 @@ def abstract_batch(
     sizes = 6 * unet["addition_time_embed_dim"]
     width = unet["projection_class_embeddings_input_dim"] - sizes
     pooled, time_ids = shape(slots, width), shape(slots, 6)
-  tokens = _tokens(config.model.path)
+  tokens, channels = _tokens(config.model.path), vae.get("latent_channels", 4)
+  edits = unet["in_channels"] > channels
   batch = Batch(
-    moments=shape(slots, side, side, 2 * vae.get("latent_channels", 4)),
+    moments=shape(slots, side, side, 2 * channels),
     conditioning=Conditioning(
-      shape(slots, tokens, unet["cross_attention_dim"]), pooled, time_ids
+      shape(slots, tokens, unet["cross_attention_dim"]),
+      pooled,
+      time_ids,
+      shape(slots, side, side, channels) if edits else None,
     ),
     identity=shape(slots, 2, dtype=np.uint32),
     item=shape(slots, dtype=np.uint32),
@@ -106,6 +110,7 @@ def abstract_batch(
       score=shape(*rows),
       weight=shape(rows[0]),
     ),
+    ref_err=None if config.data.reference is None else shape(slots),
   )
   return _placed(batch, parallel.batch_shardings(mesh, batch))
 

@@ -22,6 +22,7 @@ FREE_KEYS = (
   "mesh.",
   "eval.",
   "export.",
+  "logging.",
   "inspect.",
   "select.",
   "generate.",
@@ -53,6 +54,7 @@ FREE_KEYS = (
   # What is done about a runaway; the weights and rates up to it stay what they are.
   "train.on_runaway",
   "train.runaway_",
+  "train.alarms.",
   "train.rollback_factor",
   "train.max_rollbacks",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import jax
@@ -13,6 +14,7 @@ from lpo_jax import parallel
 from lpo_jax.data import prompts as prompt_sets
 from lpo_jax.errors import UserError
 from lpo_jax.generation import Generator
+from lpo_jax.scoring import scorers
 from lpo_jax.types import Params
 
 PROMPTS_SHOWN, SEEDS_SHOWN = 8, 2
@@ -45,11 +47,26 @@ def pipeline_identity(config: ml_collections.ConfigDict) -> str:
   return " ".join([str(config.model.path), *words])
 
 
+@dataclasses.dataclass(frozen=True)
+class RunPoint:
+  """What was drawn at a run point.
+
+  Attributes:
+    grid: [H, W, 3] uint8, one row a prompt, one column a seed.
+    scores: scorer -> mean over the images.
+    goodness: the same with the sign with which more is better.
+  """
+
+  grid: np.ndarray
+  scores: dict[str, float]
+  goodness: dict[str, float]
+
+
 class RunSamples:
-  """The same prompts and seeds, drawn every so often while a run trains.
+  """The same prompts and seeds, drawn and scored every so often while a run trains.
 
   Args:
-    config: `eval.prompts` and how to draw them.
+    config: `eval.prompts`, how to draw them, and `eval.scorers`.
     workdir: gets `samples/step_000100.png`: one row a prompt, one column a seed.
     mesh: of the run.
   """
@@ -69,10 +86,14 @@ class RunSamples:
     self._prompts = [text for text in texts for _ in range(SEEDS_SHOWN)]
     self._seeds = [s for _ in texts for s in range(SEEDS_SHOWN)]
     self._generator = make_generator(config, mesh)
+    # Scores from outside are of files, and these images have none yet.
+    names = [name for name in config.eval.scorers if name != "external"]
+    paths = config.eval.scorer_paths
+    self._scorers = scorers.chosen(names, paths, mesh=mesh) if names else []
     self._folder = workdir / "samples"
 
-  def draw(self, params: Params, step: int) -> np.ndarray:
-    """Draws, writes the PNG and returns the grid, [H, W, 3] uint8."""
+  def draw(self, params: Params, step: int) -> RunPoint:
+    """Draws, writes the PNG, and scores."""
     from PIL import Image
 
     images = self._generator(params, self._prompts, self._seeds)
@@ -81,4 +102,10 @@ class RunSamples:
     if parallel.is_main_process():
       self._folder.mkdir(parents=True, exist_ok=True)
       Image.fromarray(grid).save(self._folder / f"step_{step:06d}.png")
-    return grid
+    scores, goodness = {}, {}
+    for scorer in self._scorers:
+      mean = float(np.mean(scorer(images, self._prompts, seeds=self._seeds)))
+      scores[scorer.name] = mean
+      goodness[scorer.name] = mean if scorer.higher_is_better else -mean
+      scorer.release()  # training needs the memory
+    return RunPoint(grid, scores, goodness)

@@ -18,14 +18,24 @@ from lpo_jax.data.pipeline import Batches
 from lpo_jax.errors import StoppedEarly
 from lpo_jax.jobs import blueprint as blueprints
 from lpo_jax.jobs import cache as cache_job
-from lpo_jax.jobs import compiling, reference, run_identity
+from lpo_jax.jobs import (
+  compiling,
+  plan_chips,
+  plan_step,
+  reference,
+  run_identity,
+  run_report,
+)
 from lpo_jax.jobs.sampling import RunSamples
 from lpo_jax.jobs.stops import StopRequests
 from lpo_jax.jobs.watchdog import Watchdog
+from lpo_jax.training import alarms as alarms_lib
 from lpo_jax.training import guard as guards
+from lpo_jax.training import held_out as held_out_lib
 from lpo_jax.training import online as online_lib
 from lpo_jax.training import state as state_lib
 from lpo_jax.training import step as step_lib
+from lpo_jax.training import wandb_run
 from lpo_jax.training.checkpoint import Checkpoints
 from lpo_jax.training.report import Report
 
@@ -35,7 +45,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
 
   Args:
     config: the resolved config.
-    workdir: gets config.json, checkpoints/, metrics.jsonl and tensorboard/.
+    workdir: gets config.json, checkpoints/, metrics.jsonl, tensorboard/ and report.html.
 
   Returns:
     The last metrics, and how long compiling and training took in seconds.
@@ -52,7 +62,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   train = config.train
   blueprints.check_settings(config)
   step_lib.check_batch_arithmetic(mesh, train.images_per_update, train.microbatch)
-  with run_identity.only_session(workdir):
+  with run_identity.only_session(workdir), run_report.afterwards(workdir):
     run_identity.set_aside_broken_config(workdir)
     run_identity.refuse_other_run(config, workdir)
     checkpoints = Checkpoints(
@@ -95,6 +105,7 @@ def _train(
     # Only now: what cannot start claims no workdir.
     run_identity.remember_config(config, workdir)
     guard = guards.Guard(factor=train.runaway_factor, steps=train.runaway_steps)
+    alarms = alarms_lib.Alarms(train.alarms)
     if latest is None:
       state = state_lib.place(blueprint.like, trainable, blueprint.optimizer)
     else:
@@ -103,6 +114,8 @@ def _train(
       online.restore(checkpoints.restore_online(online.like, latest))
       if "guard" in meta:
         guard.set_state(meta["guard"])
+      if "alarms" in meta:
+        alarms.set_state(meta["alarms"])
       console.say(f"resuming from step {latest} of {train.total_steps}")
     del trainable
     say_arithmetic(config, mesh, cache, batches)
@@ -116,6 +129,8 @@ def _train(
       online=online,
       checkpoints=checkpoints,
       guard=guard,
+      alarms=alarms,
+      held_out=blueprints.make_held_out(config, mesh, blueprint, cache),
       identity=run_identity.describe(config, prints),
       state=state,
     )
@@ -139,6 +154,11 @@ def say_arithmetic(config: Any, mesh: Any, cache: Any, batches: Batches) -> None
     f"{batches.lists_per_epoch} lists of {mean_size:.2f} images; "
     f"{train.total_steps} updates are about {epochs:.1f} epochs"
   )
+  if config.data.held_out:
+    left_out = len(cache.lists) - batches.lists_per_epoch
+    console.say(
+      f"held out: {left_out} of {len(cache.lists)} lists, by prompt; never trained on"
+    )
 
 
 def say_drawn(batches: Batches) -> None:
@@ -149,6 +169,16 @@ def say_drawn(batches: Batches) -> None:
       for name, n in batches.drawn.items()
     )
     console.say(f"drawn: {'; '.join(sources)}")
+
+
+def _compute(config: Any, mesh: Any) -> dict[str, float]:
+  """What the report needs for the model FLOP utilisation; nothing where it is unknown."""
+  peak = plan_chips.peak_of(mesh.devices.flat[0].device_kind)
+  if peak is None:
+    return {}
+  # One more trace of the step, only where there is something to divide it by.
+  needed = plan_step.needed_flops(config, mesh)
+  return {"needed_flops": float(needed), "peak": peak * mesh.size}
 
 
 @dataclasses.dataclass
@@ -165,6 +195,8 @@ class Session:
     online: likewise.
     checkpoints: of the workdir.
     guard: has seen every step before.
+    alarms: likewise.
+    held_out: measures on lists never trained on.
     identity: whose the checkpoints are.
     state: after the last update.
   """
@@ -178,6 +210,8 @@ class Session:
   online: online_lib.Offline | online_lib.Online
   checkpoints: Checkpoints
   guard: guards.Guard
+  alarms: alarms_lib.Alarms
+  held_out: held_out_lib.HeldOut | None
   identity: dict[str, Any]
   state: state_lib.TrainState
 
@@ -194,9 +228,8 @@ class Session:
     self._watchdog = Watchdog(
       self.workdir, minutes=train.hang_minutes, on_hang=train.on_hang
     )
-    self._samples = (
-      RunSamples(config, self.workdir, self.mesh) if config.eval.every else None
-    )
+    drawing = config.eval.every and (config.eval.prompts or not self.held_out)
+    self._samples = RunSamples(config, self.workdir, self.mesh) if drawing else None
     self.report = Report(
       self.workdir,
       total_steps=train.total_steps,
@@ -206,6 +239,10 @@ class Session:
       label=f"training {config.objective.name}",
       on_nonfinite=train.on_nonfinite,
       watch=self._judge,
+      **_compute(config, self.mesh),
+      wandb=wandb_run.begin(
+        config.logging.wandb, self.workdir, self.identity["config"]
+      ),
     )
 
   def run(self) -> dict[str, Any]:
@@ -249,6 +286,7 @@ class Session:
         method=self.blueprint.method,
         optimizer=self.blueprint.optimizer,
         ema_decay=state_lib.ema_schedule(train.ema_schedule, train.ema),
+        clip_norm=train.clip_norm or 0.0,
         places=self.blueprint.places,
       )
 
@@ -257,6 +295,8 @@ class Session:
 
   def _update(self, compiled: Any) -> None:
     """One update, and the batch of the next."""
+    if self.alarms.lower_at == self._step:
+      self._lower_rate()
     batch = self.online.complete(self._batch, self.state.params, self._step)
     with jax.transfer_guard("disallow"):  # whatever moves has been moved on purpose
       self.state, metrics = compiled(self.state, self.frozen, batch)
@@ -264,7 +304,7 @@ class Session:
     self._positions[self._step] = self.batches.get_state()
     self._positions.pop(self._step - 3, None)
     lowered = {}
-    if self.guard.rollbacks:
+    if self.guard.rollbacks or self.guard.scale != 1:
       lowered = {"lr_scale": self.guard.scale, "rollbacks": self.guard.rollbacks}
     self.report.push(self._step, {**metrics, **self.online.metrics, **lowered})
     self._watchdog.beat(f"step {self._step + 1}")
@@ -276,12 +316,9 @@ class Session:
   def _between(self) -> None:
     """What may happen after an update: samples, a checkpoint, a stop."""
     step, train = self._step, self.config.train
-    if self._samples and step % self.config.eval.every == 0:
+    if self.config.eval.every and step % self.config.eval.every == 0:
       with self._watchdog.paused():
-        weights = self.blueprint.tuning.outside(self.state.published, self.frozen)
-        self.report.image("samples", self._samples.draw(weights, step), step)
-        del weights  # a whole network, where factors are trained
-        self.report.restart_clock()
+        self._run_point(step)
     reason = self._stop.reason(step)
     if reason or step == train.total_steps or step % train.checkpoint_every == 0:
       self._save()
@@ -293,12 +330,28 @@ class Session:
         "command goes on from there."
       )
 
+  def _run_point(self, step: int) -> None:
+    """Measures on lists held out, draws, and scores what was drawn."""
+    goodness = {}
+    if self.held_out:
+      self.report.add(self.held_out(self.state.published, self.frozen))
+    if self._samples:
+      weights = self.blueprint.tuning.outside(self.state.published, self.frozen)
+      point = self._samples.draw(weights, step)
+      del weights  # a whole network, where factors are trained
+      self.report.image("samples", point.grid, step)
+      self.report.add({f"score/{name}": x for name, x in point.scores.items()})
+      goodness = point.goodness
+    self.report.restart_clock()
+    self._sound(step, self.alarms.observe_scores(step, goodness))
+
   def _save(self, scores: dict[str, float] | None = None) -> None:
     """Starts a checkpoint of the last update; `scores` are for train.best_metric."""
     self.report.flush()  # what is wrong with the last step is found before it is saved
     meta = {
       "data": self._positions[self._step],
       "guard": self.guard.get_state(),
+      "alarms": self.alarms.get_state(),
       **self.identity,
     }
     metrics = {**self.report.take_means(), **(scores or {})}
@@ -311,6 +364,7 @@ class Session:
     train = self.config.train
     finding = self.guard.observe(step, values)
     if finding is None:
+      self._sound(step, self.alarms.observe(step, values))
       return
     nonfinite = finding.kind == "nonfinite"
     policy = train.on_nonfinite if nonfinite else train.on_runaway
@@ -322,6 +376,35 @@ class Session:
       raise guards.runaway_error(finding)
     if policy == "warn":
       console.warn(f"{finding.words}; train.on_runaway says what is done about it")
+
+  def _sound(self, step: int, findings: list[guards.Finding]) -> None:
+    """Says what alarms were raised by `step`, and does what their policies are."""
+    policy = self.alarms.policy
+    for finding in alarms_lib.sorted_by_weight(findings, policy):
+      row = {"step": step, "alarm": finding.kind, "policy": policy(finding)}
+      self.report.alarm({**row, "first": finding.first, "words": finding.words})
+      if policy(finding) == "lower_lr":
+        # The same update however late this was noticed: a save may notice it at once.
+        self.alarms.lower_at = step + 1
+      elif policy(finding) == "rollback":
+        raise guards.GoBack(finding)
+      elif policy(finding) == "stop":
+        raise alarms_lib.stopped_error(finding)
+
+  def _lower_rate(self) -> None:
+    """Lowers the learning rate from the next update on."""
+    self.guard.lower(self.config.train.rollback_factor)
+    self.alarms.lower_at = None
+    self._scale_rate()
+    console.warn(
+      f"the learning rate is times {self.guard.scale:g} from step {self._step + 1} on"
+    )
+
+  def _scale_rate(self) -> None:
+    """Puts the guard's scale of the learning rate into the state."""
+    scale = np.float32(self.guard.scale)
+    scale = parallel.put(scale, self.state.lr_scale.sharding)
+    self.state = dataclasses.replace(self.state, lr_scale=scale)
 
   def _go_back(self, finding: guards.Finding) -> None:
     """Goes on from the last good checkpoint: a lower rate, the data after the finding.
@@ -340,10 +423,9 @@ class Session:
     self.online.restore(self.checkpoints.restore_online(self.online.like, step))
     self.checkpoints.forget_after(step)
     self.guard.went_back(meta["guard"], train.rollback_factor)
-    self.state = dataclasses.replace(
-      self.state,
-      lr_scale=parallel.put(np.float32(self.guard.scale), self.state.lr_scale.sharding),
-    )
+    if "alarms" in meta:
+      self.alarms.set_state(meta["alarms"])
+    self._scale_rate()
     position = self._positions[finding.step]
     self.batches.set_state(position)
     self._step, self._positions = step, {step: position}

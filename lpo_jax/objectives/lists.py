@@ -169,3 +169,75 @@ def standing_metrics(denoising: Denoising, ranking: Ranking) -> Metrics:
     "err": _mean(d.err, valid),
     "ref_err": _mean(d.ref_err, valid),
   }
+
+
+QUANTILES = (0.1, 0.5, 0.9)
+TIMESTEP_BINS = 4
+# Shortest and longest list of each group; the last has no longest.
+LIST_SIZES: Mapping[str, tuple[int, float]] = {
+  "size2": (2, 2),
+  "size3_4": (3, 4),
+  "size5_up": (5, float("inf")),
+}
+
+
+def margin_quantiles(denoising: Denoising, ranking: Ranking) -> Metrics:
+  """`margin_p10`, `_p50`, `_p90`: of all ordered pairs; NaN where there are none."""
+  reward = jnp.where(ranking.valid, denoising.ref_err - denoising.err, 0.0)
+  gap = jnp.where(is_better(ranking), differences(reward), jnp.nan)
+  found = jnp.nanquantile(gap, jnp.asarray(QUANTILES))
+  return {f"margin_p{round(100 * q)}": found[i] for i, q in enumerate(QUANTILES)}
+
+
+def groups_of_lists(ranking: Ranking, place: Array) -> dict[str, Array]:
+  """Which lists belong to which group: name -> [B] bool.
+
+  Args:
+    ranking: of the lists; rows that hold none are in no group.
+    place: [B] timestep of each list over the number of timesteps, in [0, 1).
+
+  Returns:
+    `t0` (the least noise) to `t3`, equal parts of the timesteps, and `LIST_SIZES`.
+  """
+  size = jnp.sum(ranking.valid, axis=1)
+  bins = jnp.clip(jnp.floor(place * TIMESTEP_BINS), 0, TIMESTEP_BINS - 1)
+  groups = {f"t{i}": (bins == i) & (size > 0) for i in range(TIMESTEP_BINS)}
+  sizes = LIST_SIZES.items()
+  return groups | {k: (low <= size) & (size <= high) for k, (low, high) in sizes}
+
+
+def metrics_by_group(denoising: Denoising, ranking: Ranking, place: Array) -> Metrics:
+  """Five of the standing metrics by timestep and by list length.
+
+  Args:
+    denoising: [B, N].
+    ranking: [B, N].
+    place: see `groups_of_lists`.
+
+  Returns:
+    `implicit_acc/t0`, `drift/size2` and so on, each as in `standing_metrics` but over
+    the lists of one group; NaN where the group has none.
+  """
+  d, valid = denoising, ranking.valid
+  reward = jnp.where(valid, d.ref_err - d.err, 0.0)
+  ordered, gap = is_better(ranking), differences(reward)
+  best = valid & (ranking.rank == 0)
+
+  def per_list(values: Array, where: Array) -> tuple[Array, Array]:
+    axes = tuple(range(1, values.ndim))
+    return jnp.sum(jnp.where(where, values, 0.0), axes), jnp.sum(where, axes)
+
+  told = {
+    "implicit_acc": per_list(0.5 * (1.0 + jnp.sign(gap)), ordered),
+    "margin": per_list(gap, ordered),
+    "winner_gain": per_list(reward, best),
+    "loser_gain": per_list(reward, valid & ~best),
+    "drift": per_list(d.drift, valid),
+  }
+  metrics = {}
+  for group, member in groups_of_lists(ranking, place).items():
+    for name, (totals, counts) in told.items():
+      count = jnp.sum(jnp.where(member, counts, 0))
+      mean = jnp.sum(jnp.where(member, totals, 0.0)) / jnp.maximum(count, 1)
+      metrics[f"{name}/{group}"] = jnp.where(count > 0, mean, jnp.nan)
+  return metrics

@@ -33,7 +33,7 @@ class Finding:
   """Something that went wrong.
 
   Attributes:
-    kind: "nonfinite" | "runaway".
+    kind: "nonfinite" | "runaway", or the name of an alarm.
     first: the step at which it began.
     step: the step at which it was judged.
     words: what a person is told.
@@ -109,7 +109,8 @@ def check_policies(train: Mapping[str, Any]) -> None:
 
 def goes_back(train: Mapping[str, Any]) -> bool:
   """Whether some policy of `train` is to go back to a checkpoint."""
-  return "rollback" in (train["on_nonfinite"], train["on_runaway"])
+  policies = (train["on_nonfinite"], train["on_runaway"], *train["alarms"].values())
+  return "rollback" in policies
 
 
 def good_checkpoints(steps: Sequence[int], finding: Finding) -> list[int]:
@@ -171,6 +172,10 @@ class Guard:
     rollbacks, scale = self.rollbacks + 1, self.scale * factor
     self.set_state(state)
     self.rollbacks, self.scale, self._streak = rollbacks, scale, 0
+
+  def lower(self, factor: float) -> None:
+    """Lowers the learning rate without going back."""
+    self.scale *= factor
 
   def observe(self, step: int, values: Mapping[str, float]) -> Finding | None:
     """Judges the metrics of one completed update; all of them, in order.

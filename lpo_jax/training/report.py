@@ -19,6 +19,8 @@ import numpy as np
 
 from lpo_jax import console, parallel
 from lpo_jax.errors import UserError
+from lpo_jax.training import flops
+from lpo_jax.training.wandb_run import WandbRun
 
 # So many skipped updates in a row are no accident of a batch.
 SKIPS_IN_A_ROW = 10
@@ -41,6 +43,9 @@ class Report:
     on_nonfinite: "stop" raises on a NaN, "skip" counts it, and raises when more than
       `SKIPS_IN_A_ROW` follow each other; "rollback" leaves it to `watch`.
     watch: gets every step's number and values, in order; may raise.
+    wandb: gets the rows of metrics.jsonl as well.
+    needed_flops: of an update that computes nothing twice, on all devices.
+    peak: FLOP/s of all devices together; 0: unknown, and no `mfu` is written.
   """
 
   def __init__(
@@ -54,7 +59,12 @@ class Report:
     label: str = "training",
     on_nonfinite: str = "stop",
     watch: Callable[[int, dict[str, float]], None] | None = None,
+    wandb: WandbRun | None = None,
+    needed_flops: float = 0.0,
+    peak: float = 0.0,
   ):
+    self._wandb = wandb
+    self._flops, self._peak = needed_flops, peak
     self._watch = watch
     self._images, self._every = images_per_update, every
     self._on_nonfinite = on_nonfinite
@@ -62,7 +72,7 @@ class Report:
     self._progress = console.Progress(label, total_steps, "steps", start=start_step)
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self._clock, self._clock_step = time.perf_counter(), start_step
-    self._waited, self._written = 0.0, start_step
+    self._waited, self._written, self._added = 0.0, start_step, False
     self.skipped, self._in_a_row = 0, 0
     self.last: dict[str, float] = {}
     self._sums: dict[str, tuple[float, int]] = {}
@@ -79,6 +89,7 @@ class Report:
     self._workdir.mkdir(parents=True, exist_ok=True)
     path = self._workdir / "metrics.jsonl"
     _forget_after(path, step)
+    _forget_after(self._workdir / "alarms.jsonl", step)
     self._jsonl = path.open("a", encoding="utf-8")
     board = str(self._workdir / "tensorboard")
     self._board = SummaryWriter(board, purge_step=step + 1)
@@ -86,8 +97,10 @@ class Report:
   def rewind(self, step: int) -> None:
     """Goes on after `step`: what was written or is pending of later ones is forgotten."""
     self._pending, self._sums, self._in_a_row = None, {}, 0
-    self.close()
+    self._close_files()
     self._open(step)
+    if self._wandb is not None:
+      self._wandb.rewind(step)
     self._written = self._clock_step = step
     self._progress.update(step)
     self.restart_clock()
@@ -111,6 +124,20 @@ class Report:
     pending, self._pending = self._pending, (step, metrics)
     if pending is not None:
       self._write(*pending)
+
+  def add(self, values: dict[str, float]) -> None:
+    """Adds what else is known of the last step, such as scores of its samples."""
+    step, metrics = self._pending
+    self._pending = step, {**metrics, **values}
+    self._added = True
+
+  def alarm(self, row: dict[str, Any]) -> None:
+    """Writes down an alarm; `row` has its step."""
+    self._progress.interrupt()
+    console.warn(row["words"])
+    if parallel.is_main_process():
+      with (self._workdir / "alarms.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**row, "time": round(time.time(), 3)}) + "\n")
 
   def image(self, name: str, image: np.ndarray, step: int) -> None:
     """Shows an image [H, W, 3] uint8 in TensorBoard."""
@@ -144,11 +171,16 @@ class Report:
       self.skipped += 1
       self._progress.interrupt()
       console.warn(f"step {step}: {bad[0]} is {values[bad[0]]}; the update is skipped")
-    if step % self._every == 0 or step == self._total or bad:
+    added, self._added = self._added, False
+    if step % self._every == 0 or step == self._total or bad or added:
       now = time.perf_counter()
       elapsed, steps = now - self._clock, max(step - self._clock_step, 1)
       values["images_per_second"] = self._images * steps / max(elapsed, 1e-9)
       values["data_wait_share"] = min(self._waited / max(elapsed, 1e-9), 1.0)
+      if self._peak:
+        work = self._flops * steps
+        values["mfu"] = flops.utilisation(work, max(elapsed, 1e-9), 1, self._peak)
+      values |= device_memory()
       self._clock, self._clock_step, self._waited = now, step, 0.0
       self.last = values
       self._record(step, values)
@@ -178,8 +210,12 @@ class Report:
       }
       self._jsonl.write(json.dumps(row) + "\n")
       self._jsonl.flush()
+      if self._wandb is not None:
+        self._wandb.log(row)
       for name, value in values.items():
-        self._board.add_scalar(name, value, step)
+        # No list of some length in an update is nothing to be warned about.
+        if math.isfinite(value) or "/" not in name:
+          self._board.add_scalar(name, value, step)
     shown = ("loss", "implicit_acc", "images_per_second")
     short = {"images_per_second": "images/s"}
     self._progress.update(
@@ -187,10 +223,26 @@ class Report:
     )
 
   def close(self) -> None:
-    """Closes the files; what is pending must have been flushed."""
+    """Closes everything; what is pending must have been flushed."""
+    self._close_files()
+    if self._wandb is not None:
+      self._wandb.close()
+
+  def _close_files(self) -> None:
     if self._jsonl is not None:
       self._jsonl.close()
       self._board.close()
+
+
+def device_memory() -> dict[str, float]:
+  """GiB of the fullest of this process's devices, now and at most; CPUs say nothing."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  names = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use"}
+  return {
+    name: max(s[key] for s in stats) / 2**30
+    for name, key in names.items()
+    if all(key in s for s in stats)
+  }
 
 
 def _forget_after(path: pathlib.Path, step: int) -> None:

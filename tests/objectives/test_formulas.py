@@ -224,6 +224,80 @@ def test_standing_metrics_at_step_zero_and_of_nothing():
   assert all(float(x) == 0.0 for x in nothing.values())
 
 
+def grouped_case():
+  """Three lists, of 2, of 3 and of 5 items, and a row that holds none."""
+  reward = np.zeros((4, 5), np.float32)
+  reward[0, :2] = 3, 1
+  reward[1, :3] = -1, 0, 2
+  reward[2] = 5, 4, 4, 2, 1
+  valid = np.zeros((4, 5), bool)
+  valid[0, :2] = valid[1, :3] = valid[2] = True
+  drift = np.where(valid, np.arange(4, dtype=np.float32)[:, None] + 1, 1e30)
+  err = np.where(valid, 10 - reward, 1e30).astype(np.float32)
+  ref_err = np.where(valid, 10.0, -1e30).astype(np.float32)
+  rank = np.tile(np.arange(5), (4, 1))
+  d = Denoising(err=err, ref_err=ref_err, drift=drift.astype(np.float32))
+  return d, ranking_of(rank, valid=valid)
+
+
+def test_metrics_by_group_by_hand():
+  # 249 of 1000 is the last of t0, 250 the first of t1; the row without a list is in t3.
+  place = np.float32([249, 250, 999, 999]) / np.float32(1000)
+  metrics = jax.jit(lists.metrics_by_group)(*grouped_case(), place)
+  expected = {
+    "margin/t0": 2.0,
+    "implicit_acc/t0": 1.0,
+    "winner_gain/t0": 3.0,
+    "loser_gain/t0": 1.0,
+    "drift/t0": 1.0,
+    # -1 < 0 < 2 in the wrong order: margins -1, -3, -2.
+    "margin/t1": -2.0,
+    "implicit_acc/t1": 0.0,
+    "winner_gain/t1": -1.0,
+    "loser_gain/t1": 1.0,
+    "drift/t1": 2.0,
+    # 5, 4, 4, 2, 1: margins 1, 1, 3, 4, 0, 2, 3, 2, 3, 1, and the equal pair counts half.
+    "margin/t3": 2.0,
+    "implicit_acc/t3": 0.95,
+    "winner_gain/t3": 5.0,
+    "loser_gain/t3": 11 / 4,
+    "drift/t3": 3.0,
+  }
+  twins = {"t0": "size2", "t1": "size3_4", "t3": "size5_up"}
+  for name, value in expected.items():
+    metric, group = name.split("/")
+    for key in (name, f"{metric}/{twins[group]}"):
+      np.testing.assert_allclose(metrics[key], value, rtol=1e-6, err_msg=key)
+  rest = {name for name in metrics if name.endswith("/t2")}
+  assert len(rest) == 5 and all(np.isnan(metrics[name]) for name in rest)
+  assert len(metrics) == 5 * 7
+
+
+def test_groups_add_up_to_the_whole():
+  """Means of groups, times how many they are of, are the standing metric."""
+  d, ranking = grouped_case()
+  whole = lists.standing_metrics(d, ranking)
+  place = np.float32([0.3, 0.3, 0.8, 0.1])
+  metrics = lists.metrics_by_group(d, ranking, place)
+  pairs = {"size2": 1, "size3_4": 3, "size5_up": 10}
+  for name in ("margin", "implicit_acc"):
+    total = sum(n * metrics[f"{name}/{group}"] for group, n in pairs.items()) / 14
+    np.testing.assert_allclose(total, whole[name], rtol=1e-6)
+    by_time = (4 * metrics[f"{name}/t1"] + 10 * metrics[f"{name}/t3"]) / 14
+    np.testing.assert_allclose(by_time, whole[name], rtol=1e-6)
+  assert np.isnan(metrics["drift/t0"])  # a row without a list is no list
+
+
+def test_margin_quantiles_by_hand():
+  d, ranking = grouped_case()
+  got = jax.jit(lists.margin_quantiles)(d, ranking)
+  pairs = [2, -1, -3, -2, 1, 1, 3, 4, 0, 2, 3, 2, 3, 1]
+  for name, q in {"margin_p10": 0.1, "margin_p50": 0.5, "margin_p90": 0.9}.items():
+    np.testing.assert_allclose(got[name], np.quantile(pairs, q), rtol=1e-5)
+  nothing = lists.margin_quantiles(d, ranking_of(np.zeros((4, 5)), np.zeros((4, 5))))
+  assert all(np.isnan(x) for x in nothing.values())
+
+
 def test_sft_is_the_mean_error_of_the_winners():
   d = denoising_of(logits(2, 3))
   ranking = ranking_of([[0, 1, 0], [1, 1, 0]], weight=np.float32([1, 3]))

@@ -131,8 +131,8 @@ def test_those_that_end_the_run_come_last():
     ({"train.alarms.window": 0}, "expected 1 update or more"),
     ({"train.alarms.trained_scorer": "x"}, "expected both among eval.scorers"),
     (
-      {"train.alarms.drift": "rollback", "train.checkpoint_every": 10},
-      "'rollback' needs a checkpoint from before the 10 updates",
+      {"train.alarms.drift": "rollback", "train.checkpoint_every": 5},
+      "'rollback' needs a checkpoint from before the 5 updates",
     ),
     ({}, None),
   ],

@@ -296,3 +296,53 @@ def test_the_means_are_of_what_is_finite_since_last_time(open_report):
   report.flush()
   assert report.take_means() == {"loss": 7.0}
   assert report.take_means() == {}
+
+
+def test_utilisation_is_of_what_an_update_needs(open_report, tmp_path, clock):
+  report = open_report(every=2, needed_flops=3e12, peak=1e13)
+  for step in (1, 2, 3):
+    clock.now += 0.5
+    report.push(step, metrics(1.0))
+  # Two steps of 3 TFLOP in 1.5 s, of 10 TFLOP/s.
+  assert rows(tmp_path)[0]["mfu"] == pytest.approx(2 * 3e12 / (1.5 * 1e13))
+
+
+def test_memory_is_that_of_the_fullest_device(monkeypatch):
+  class Device:
+    def __init__(self, used, peak):
+      self._stats = {"bytes_in_use": used * 2**30, "peak_bytes_in_use": peak * 2**30}
+
+    def memory_stats(self):
+      return self._stats
+
+  devices = [Device(3, 9), Device(5, 7)]
+  monkeypatch.setattr(report_lib.jax, "local_devices", lambda: devices)
+  assert report_lib.device_memory() == {"hbm_gib": 5.0, "hbm_peak_gib": 9.0}
+  monkeypatch.undo()
+  assert report_lib.device_memory() == {}  # a CPU
+
+
+def test_what_is_added_is_in_the_row_of_its_step(open_report, tmp_path):
+  """Also where the step itself would not be written."""
+  report = open_report(every=4)
+  report.push(1, metrics(1.0))
+  report.push(2, metrics(1.0))
+  report.add({"score/taste": 0.5})
+  report.restart_clock()
+  for step in (3, 4, 5):
+    report.push(step, metrics(1.0))
+  assert [(row["step"], row.get("score/taste")) for row in rows(tmp_path)] == [
+    (2, 0.5),
+    (4, None),
+  ]
+  assert report.take_means()["score/taste"] == 0.5
+
+
+def test_alarms_of_later_steps_are_forgotten_with_their_rows(open_report, tmp_path):
+  report = open_report()
+  for step in range(1, 6):
+    report.push(step, metrics(1.0))
+    report.alarm({"step": step, "words": f"alarm {step}"})
+  report.rewind(3)
+  found = read_metrics(tmp_path / "alarms.jsonl")
+  assert [row["step"] for row in found] == [1, 2, 3]
