@@ -54,7 +54,7 @@ def load_config(location: str) -> ml_collections.ConfigDict:
 
   Args:
     location: `path.py` or `path.py:arg`; a path that does not exist is also looked for
-      among the configs that come with the package.
+      among the configs that come with the package. Or the config.json of a run.
 
   Raises:
     UserError: no such file, or a file that is not a config.
@@ -72,6 +72,8 @@ def load_config(location: str) -> ml_collections.ConfigDict:
       + (f"; did you mean configs/{match}?" if match else ".")
       + f" Shipped configs: {', '.join(known)}."
     )
+  if file.name == "config.json":
+    return _load_recorded(file)
   spec = importlib.util.spec_from_file_location("lpo_jax_run_config", file)
   module = importlib.util.module_from_spec(spec)
   try:
@@ -87,6 +89,25 @@ def load_config(location: str) -> ml_collections.ConfigDict:
     ) from e
   check_keys(config)
   return config
+
+
+def _load_recorded(file: pathlib.Path) -> ml_collections.ConfigDict:
+  """Reads the config that a run has left in its workdir."""
+  from lpo_jax.jobs import run_identity
+
+  config = _unwritten(run_identity.recorded(file.parent).to_dict())
+  config = ml_collections.ConfigDict(config)
+  check_keys(config)
+  return config.lock()
+
+
+def _unwritten(value: Any) -> Any:
+  """Turns JSON's lists into the tuples that they were, and null into what may be set."""
+  if isinstance(value, dict):
+    return {key: _unwritten(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return tuple(map(_unwritten, value))
+  return ml_collections.config_dict.placeholder(object) if value is None else value
 
 
 def check_keys(config: ml_collections.ConfigDict) -> None:
@@ -233,9 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, workdir, job = parse(sys.argv[1:] if argv is None else argv)
     run = importlib.import_module(f"lpo_jax.jobs.{job}").run
     _prepare(workdir, job)
-    from lpo_jax.jobs import stops
+    from lpo_jax.jobs import closing, stops
 
-    with stops.sigterm_interrupts(job):
+    with stops.sigterm_interrupts(job), closing.words(job, workdir):
       run(config, workdir)
   except UserError as e:
     print(console.printable(f"\nlpo_jax: {e}"), file=sys.stderr)
@@ -269,6 +290,8 @@ def _prepare(workdir: pathlib.Path, job: str) -> None:
   Raises:
     UserError: the workdir cannot be made, or jax fell back to the CPU.
   """
+  if job == "plan":  # compiles elsewhere; looking for chips here is slow and loud
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
   from lpo_jax import hardware, parallel, pods
 
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

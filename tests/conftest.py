@@ -38,6 +38,7 @@ def get_config(arg=""):
   config.train.warmup_steps = 2
   config.train.ema = 0.9
   config.train.checkpoint_every = 5
+  config.logging.report = ""  # drawn where it is looked at: tests/jobs/test_run_report.py
   return config
 """
 # Compiling is what these tests take time for.

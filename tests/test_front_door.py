@@ -175,10 +175,11 @@ def test_every_update_is_logged(workdir, method):
   rows = read_metrics(workdir / method / "metrics.jsonl")
   assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
   for row in rows:
-    assert all(math.isfinite(value) for value in row.values())
+    # A bin that no list of the update fell into has no number.
+    assert all("/" in name for name, value in row.items() if value is None)
+    assert all(math.isfinite(value) for value in row.values() if value is not None)
     assert row["images_per_second"] > 0 and 0 <= row["data_wait_share"] <= 1
-  # Nothing has moved yet, to the rounding of fp32.
-  assert abs(rows[0]["margin"]) < 1e-7 and 0 <= rows[0]["drift"] < 1e-12
+  assert rows[0]["margin"] == rows[0]["drift"] == 0  # nothing has moved yet
   assert rows[-1]["drift"] > 1e-8
   assert list((workdir / method / "tensorboard").glob("events.*"))
   written = json.loads((workdir / method / "config.json").read_text("utf-8"))
@@ -512,7 +513,9 @@ def breakable(tiny_cache, tmp_path):
   whole = pretrained.load(folder, "unet")
 
   def damage(value):
-    bias = np.full_like(whole.params["conv_out"]["bias"], value)
+    # Not the first number, by which a run knows its base again.
+    bias = np.array(whole.params["conv_out"]["bias"])
+    bias[1:] = value
     params = {**whole.params, "conv_out": {**whole.params["conv_out"], "bias": bias}}
     part = pretrained.Part("unet", whole.config, params, whole.model)
     pretrained.save(folder, part if value else whole)

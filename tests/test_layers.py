@@ -15,7 +15,7 @@ ROOT = PACKAGE.parent
 
 # A module may import lower layers and its own room (the first name after lpo_jax).
 LAYERS = {
-  0: ("errors", "tables", "trees", "types", "parallel", "console"),
+  0: ("errors", "hardware", "pods", "tables", "trees", "types", "parallel", "console"),
   1: ("diffusion", "objectives", "models"),
   2: ("pretrained", "generation", "data", "scoring", "pages"),
   3: ("training", "configs"),
@@ -23,8 +23,8 @@ LAYERS = {
   5: ("main",),
 }
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
-# Layer 0 is one tool box. Generation runs what pretrained loads.
-SAME_LAYER = {("generation", "pretrained")}
+# Layer 0 is one tool box. Generation and scorers run what pretrained loads.
+SAME_LAYER = {("generation", "pretrained"), ("scoring", "pretrained")}
 
 # Never imported by the mathematics, not even inside of a function.
 HEAVY = {

@@ -1,4 +1,4 @@
-"""The real networks, as shapes: benchmarks/architectures holds their config.json."""
+"""The real networks, as shapes: lpo_jax/assets/architectures holds their config.json."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import pytest
 
 from lpo_jax import models
 
-FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks" / "architectures"
+FOLDER = pathlib.Path(__file__).parents[2] / "lpo_jax" / "assets" / "architectures"
 # Equal to torch's (see the slow test), and the first to what is published.
 PARAMETERS = {
   "sd15_unet": 859_520_964,
