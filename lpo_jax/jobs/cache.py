@@ -128,6 +128,8 @@ def _refuse_other_task(config: Any, edits: bool) -> None:
   Raises:
     UserError: it does not.
   """
+  if not (pretrained.local_folder(config.model.path) / "unet").is_dir():
+    return  # encoding needs none; training asks for it
   takes = pretrained.read_config(config.model.path, "unet").get("in_channels", 4)
   latent = pretrained.read_config(config.model.path, "vae").get("latent_channels", 4)
   if takes == (1 + edits) * latent:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import threading
 
@@ -604,11 +605,39 @@ def test_what_never_trains_is_refused_before_anything_is_read(config, tmp_path):
     cache.run(config, str(tmp_path / "run"))
 
 
-def test_edits_are_refused_until_the_model_is_shown_their_source(config, tmp_path):
+def test_edits_are_for_a_unet_that_edits(config, tmp_path):
   import pyarrow.parquet as pq
 
-  row = {"source_img": b"", "instruction": "do", "target_img": b""}
-  pq.write_table(pa.Table.from_pylist([row]), tmp_path / "edits.parquet")
-  config.data.path = str(tmp_path / "edits.parquet")
-  with pytest.raises(UserError, match=r"holds edits \(edits, as MagicBrush\)"):
+  def png(value):
+    stream = io.BytesIO()
+    Image.fromarray(np.full((32, 32, 3), value, np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+  names = ("source_img", "instruction", "target_img")
+  rows = [dict(zip(names, (png(40 * i), "do", png(40 * i + 20)))) for i in range(3)]
+  pq.write_table(pa.Table.from_pylist(rows), tmp_path / "edits.parquet")
+  model = tmp_path / "model"
+  shutil.copytree(config.model.path, model)
+  (model / "unet").mkdir()
+  config.model.path, config.data.path = str(model), str(tmp_path / "edits.parquet")
+  config.data.strategy = "winners"
+  unet = model / "unet" / "config.json"
+  unet.write_text(json.dumps({"in_channels": 4}))
+  with pytest.raises(
+    UserError, match=r"takes 4 channels; expected 8\. Make an editing"
+  ):
     cache.run(config, str(tmp_path / "run"))
+  unet.write_text(json.dumps({"in_channels": 8}))
+  cache.run(config, str(tmp_path / "run"))
+  opened = cache.open_for(config, str(tmp_path / "run"))
+  lists = opened.lists
+  assert len(lists) == 3 and opened.image_count == 6
+  # The source is the darker neighbour of the image; of its moments the mean is shown.
+  source, image = (opened.moments(x) for x in (lists.source_image, lists.image))
+  assert not np.array_equal(source, image)
+  np.testing.assert_array_equal(
+    opened.source_latents(lists.source_image), np.split(source, 2, -1)[0]
+  )
+  used = {*lists.source_image.tolist(), *lists.image.tolist()}
+  assert used == set(range(6))
+  opened.close()

@@ -124,7 +124,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(world, tmp_path):
   second.close()
   assert int(run.state.step) == meta["next"] == 2
   again = [run(world.make_batch(epoch)) for epoch in range(2, 4)]
-  assert again == metrics[2:]
+  np.testing.assert_equal(again, metrics[2:])  # NaN where a bin holds no list
   assert bits(run.state) == bits(straight.state)
 
 

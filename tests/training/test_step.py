@@ -408,7 +408,7 @@ def test_sft_needs_no_reference(world, whole):
   run = world.Run(method=world.make_method("sft"))
   assert run.ref_params is None
   metrics = run()
-  assert set(metrics) == {"loss", "grad_norm", "update_norm"}
+  assert set(metrics) == {"loss", "grad_norm", "grad_norm_clipped", "update_norm"}
   np.testing.assert_allclose(metrics["loss"], whole("sft")[0], rtol=1e-6)
 
 
