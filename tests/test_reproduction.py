@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("caches")
 
 
-@pytest.mark.parametrize("preset", presets())
+@pytest.mark.parametrize("preset", list(presets()))
 def test_two_updates(
   preset, tiny_world, experts, folder, front_door, quick_compiler, tmp_path
 ):
