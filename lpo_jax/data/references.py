@@ -34,12 +34,14 @@ class References:
     lists: of the cache.
     updates: how many updates' slots were computed.
     position: of the iterator of batches, for the update after them.
+    order: what decides which lists an update holds, besides the lists.
   """
 
   errors: np.ndarray
   lists: Any
   updates: int = 0
   position: dict[str, Any] | None = None
+  order: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def empty(cls, lists: Any) -> References:
@@ -59,6 +61,12 @@ class References:
     """
     whole = draws == len(self.errors) > 0 and not np.isnan(self.errors).any()
     return whole or self.updates >= updates
+
+  def in_order(self, order: Mapping[str, Any]) -> References:
+    """The same errors for updates of this order: of another one, none is counted yet."""
+    if dict(self.order) == dict(order):
+      return self
+    return References(self.errors, self.lists, order=order)
 
   def of(self, epoch: int, items: slice) -> np.ndarray:
     """Returns the errors of some items [n], fp32.
@@ -118,7 +126,12 @@ def save(
   records.write_atomically(folder / ERRORS, stream.getvalue())
   records.write_json(
     folder / ABOUT,
-    {"about": about, "updates": references.updates, "position": references.position},
+    {
+      "about": about,
+      "order": references.order,
+      "updates": references.updates,
+      "position": references.position,
+    },
   )
 
 
@@ -149,4 +162,6 @@ def read(
       "data.reference to another folder and run --job reference."
     )
   errors = np.load(folder / ERRORS)
-  return References(errors, lists, found["updates"], found["position"])
+  return References(
+    errors, lists, found["updates"], found["position"], found.get("order", {})
+  )

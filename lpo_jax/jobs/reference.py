@@ -50,6 +50,12 @@ def about(config: ml_collections.ConfigDict, lists: Any) -> dict[str, Any]:
   }
 
 
+def order(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What decides which lists an update holds, besides the lists and the seed."""
+  slots = blueprints.slots_of_data(config)
+  return {"images_per_update": slots, "held_out": config.data.held_out}
+
+
 def open_for(
   config: ml_collections.ConfigDict, workdir: pathlib.Path, cache: Any
 ) -> references.References | None:
@@ -62,6 +68,7 @@ def open_for(
     return None
   folder = folder_of(config, workdir)
   found = references.read(folder, cache.lists, about(config, cache.lists))
+  found = found and found.in_order(order(config))
   if not found or not found.covers(config.train.total_steps, config.data.draws):
     raise UserError(
       f"data.reference: {folder} has {'only some of' if found else 'none of'} the "
@@ -114,6 +121,7 @@ def _compute(
   updates, repeat = config.train.total_steps, config.data.draws
   store = references.read(folder, cache.lists, facts)
   store = references.References.empty(cache.lists) if store is None else store
+  store = store.in_order(order(config))
   if store.covers(updates, repeat):
     console.say(f"the reference's errors are all there: {folder}")
     return
@@ -141,9 +149,9 @@ def _compute(
     progress.update(store.updates)
     finished, reason = store.covers(updates, repeat), stop.reason(store.updates)
     if finished or reason or time.monotonic() - saved > SAVE_EVERY_S:
+      # No barrier: the processes' clocks do not agree on when.
       if parallel.is_main_process():
         references.save(folder, store, facts)
-      parallel.barrier("errors saved")
       saved = time.monotonic()
     if finished:
       break
@@ -154,4 +162,5 @@ def _compute(
         "The same command goes on from there."
       )
     batch = parallel.global_batch(mesh, next(batches))
+  parallel.barrier("errors saved")
   console.say(f"train with --config.data.reference={folder}")

@@ -60,5 +60,13 @@ def test_what_is_saved_is_read(tmp_path):
   found = references.read(tmp_path, LISTS, about)
   np.testing.assert_array_equal(found.errors, store.errors)
   assert (found.updates, found.position) == (1, {"position": 1})
+  # Other updates hold other lists: the errors stay, how far they reach is not known.
+  order = {"images_per_update": 4}
+  assert found.in_order({}) is found and found.covers(1, draws=0)
+  other = found.in_order(order)
+  assert not other.covers(1, draws=0) and other.position is None
+  np.testing.assert_array_equal(other.errors, store.errors)
+  references.save(tmp_path, other, about)
+  assert references.read(tmp_path, LISTS, about).in_order(order).order == order
   with pytest.raises(UserError, match=r"reference differ.*was 'abc', is 'def'"):
     references.read(tmp_path, LISTS, {**about, "reference": "def"})

@@ -45,6 +45,10 @@ def test_training_on_stored_errors_is_the_same_run(tiny_cache, tmp_path):
   for name, leaf in weights.items():
     np.testing.assert_array_equal(own_weights[name], leaf, err_msg=name)
   assert own_rows[-1]["drift"] is None and rows[-1]["drift"] > 0
+  # Updates of another size hold other lists: refused before anything is compiled.
+  outcome = tiny_cache.run(tmp_path / "other", f"data.reference={stored}/reference",
+                           "train.images_per_update=32")  # fmt: skip
+  assert outcome.code == 2 and "has only some of" in outcome.text
   # Of another seed: refused.
   outcome = tiny_cache.run(tmp_path / "other", f"data.reference={stored}/reference",
                            "seed=1")  # fmt: skip
