@@ -30,10 +30,7 @@ def pair_sums(
     Scalars: how many `lists` and ordered `pairs`, how many of those are `right`, ties
     counted half, and the sum of the margins, `gap`.
   """
-  noised = method.noising(
-    batch, method.schedule, method.seed, scaling_factor=method.scaling_factor
-  )
-  scalars = step_lib.slot_scalars(method, trainable, frozen, noised, batch.conditioning)
+  _, scalars = step_lib.measure(method, trainable, frozen, batch)
   denoising = step_lib.to_lists(scalars, batch.slot)
   first = batch.identity[batch.slot[:, 0], 1] == 0
   ranking = dataclasses.replace(

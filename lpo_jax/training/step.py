@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from lpo_jax import parallel
 from lpo_jax.diffusion.noising import Noised, Noising
@@ -235,10 +235,10 @@ def to_lists(scalars: Denoising, slot: Array) -> Denoising:
   return jax.tree.map(lambda x: x[slot], scalars)
 
 
-def loss_and_metrics(
+def measure(
   method: Method, trainable: Params, frozen: Params | None, batch: Batch
-) -> tuple[Array, Metrics]:
-  """The loss of one update and its standing metrics, scalars in fp32."""
+) -> tuple[Array, Denoising]:
+  """Noises a batch and runs the networks on it: [S] timesteps, [S] scalars."""
   with jax.named_scope("noising"):
     noised = method.noising(
       batch, method.schedule, method.seed, scaling_factor=method.scaling_factor
@@ -247,15 +247,23 @@ def loss_and_metrics(
   if batch.ref_err is not None:
     unknown = jnp.full_like(batch.ref_err, jnp.nan)
     scalars = dataclasses.replace(scalars, ref_err=batch.ref_err, drift=unknown)
+  return noised.timesteps, scalars
+
+
+def loss_and_metrics(
+  method: Method, trainable: Params, frozen: Params | None, batch: Batch
+) -> tuple[Array, Metrics]:
+  """The loss of one update and its standing metrics, scalars in fp32."""
+  timesteps, scalars = measure(method, trainable, frozen, batch)
   with jax.named_scope("objective"):
-    weights = method.weighting(noised.timesteps)
+    weights = method.weighting(timesteps)
     weighted = jax.tree.map(lambda x: x * weights, scalars)
     loss, metrics = method.objective(to_lists(weighted, batch.slot), batch.ranking)
     if method.has_reference:
       # Unweighted, so that runs can be compared.
       denoising = jax.lax.stop_gradient(to_lists(scalars, batch.slot))
       told = denoising, batch.ranking
-      place = noised.timesteps[batch.slot[:, 0]] / method.schedule.num_train_timesteps
+      place = timesteps[batch.slot[:, 0]] / method.schedule.num_train_timesteps
       metrics = {**margin_quantiles(*told), **metrics}
       metrics = {**metrics_by_group(*told, place), **metrics}
       metrics = {**standing_metrics(*told), **metrics}
@@ -316,14 +324,11 @@ def train_step(
 
 def reference_errors(method: Method, frozen: Params, batch: Batch) -> Array:
   """`ref_err` [S] of an update as the step would compute it, fp32."""
-  noised = method.noising(
-    batch, method.schedule, method.seed, scaling_factor=method.scaling_factor
-  )
   # The reference in the policy's place too: the compiler sees that the passes are one.
   as_policy = dataclasses.replace(
-    method, weights=lambda _, frozen: method.reference(frozen), stored=False
+    method, weights=lambda _, frozen: method.reference(frozen)
   )
-  return slot_scalars(as_policy, None, frozen, noised, batch.conditioning).ref_err
+  return measure(as_policy, None, frozen, batch)[1].ref_err
 
 
 def compile_reference_errors(
@@ -374,7 +379,7 @@ def trace_train_step(
   The state is donated. Arguments may be arrays or ShapeDtypeStructs with shardings. The
   traced function takes the method's `inputs` after them.
   """
-  everywhere = NamedSharding(mesh, PartitionSpec())
+  everywhere = parallel.replicated(mesh)
   out = jax.tree.map(lambda x: x.sharding, state)
 
   def run(state, frozen, batch, inputs):
