@@ -295,8 +295,7 @@ class Session:
 
   def _update(self, compiled: Any) -> None:
     """One update, and the batch of the next."""
-    if self.alarms.lower_at == self._step:
-      self._lower_rate()
+    self._change()
     batch = self.online.complete(self._batch, self.state.params, self._step)
     with jax.transfer_guard("disallow"):  # whatever moves has been moved on purpose
       self.state, metrics = compiled(self.state, self.frozen, batch)
@@ -383,28 +382,44 @@ class Session:
     for finding in alarms_lib.sorted_by_weight(findings, policy):
       row = {"step": step, "alarm": finding.kind, "policy": policy(finding)}
       self.report.alarm({**row, "first": finding.first, "words": finding.words})
-      if policy(finding) == "lower_lr":
+      if policy(finding) in alarms_lib.CHANGES:
         # The same update however late this was noticed: a save may notice it at once.
-        self.alarms.lower_at = step + 1
+        self.alarms.due[policy(finding)] = step + 1
       elif policy(finding) == "rollback":
         raise guards.GoBack(finding)
       elif policy(finding) == "stop":
         raise alarms_lib.stopped_error(finding)
 
-  def _lower_rate(self) -> None:
-    """Lowers the learning rate from the next update on."""
-    self.guard.lower(self.config.train.rollback_factor)
-    self.alarms.lower_at = None
-    self._scale_rate()
-    console.warn(
-      f"the learning rate is times {self.guard.scale:g} from step {self._step + 1} on"
-    )
+  def _change(self) -> None:
+    """Makes the changes that alarms asked for, from the next update on."""
+    now = [name for name, at in self.alarms.due.items() if at == self._step]
+    for name in now:
+      del self.alarms.due[name]
+    if "lower_lr" in now:
+      self.guard.lower(self.config.train.rollback_factor)
+      self._scale_rate()
+      console.warn(
+        f"the learning rate is times {self.guard.scale:g} from step {self._step + 1} on"
+      )
+    if "cap_margin" in now:
+      cap = self.alarms.reward_cap
+      self._set(reward_cap=cap)
+      console.warn(
+        f"from step {self._step + 1} on, implicit rewards beyond {cap:g} of the "
+        "reference's error have no gradient"
+      )
 
   def _scale_rate(self) -> None:
     """Puts the guard's scale of the learning rate into the state."""
-    scale = np.float32(self.guard.scale)
-    scale = parallel.put(scale, self.state.lr_scale.sharding)
-    self.state = dataclasses.replace(self.state, lr_scale=scale)
+    self._set(lr_scale=self.guard.scale)
+
+  def _set(self, **numbers: float) -> None:
+    """Replaces scalars of the state."""
+    placed = {
+      name: parallel.put(np.float32(x), getattr(self.state, name).sharding)
+      for name, x in numbers.items()
+    }
+    self.state = dataclasses.replace(self.state, **placed)
 
   def _go_back(self, finding: guards.Finding) -> None:
     """Goes on from the last good checkpoint: a lower rate, the data after the finding.

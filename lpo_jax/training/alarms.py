@@ -18,9 +18,13 @@ from typing import Any
 from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.training.guard import Finding
 
-# What is done: say so | say so and lower the learning rate by train.rollback_factor | go
-# back as train.on_runaway="rollback" does | end the run with its last checkpoint.
-POLICIES = ("off", "warn", "lower_lr", "rollback", "stop")
+# What is done: say so | say so and lower the learning rate by train.rollback_factor | say
+# so and give margins beyond the bound no gradient | go back as train.on_runaway="rollback"
+# does | end the run with its last checkpoint.
+POLICIES = ("off", "warn", "lower_lr", "cap_margin", "rollback", "stop")
+# Those that change the updates to come, and the alarm that the second is a cure for.
+CHANGES = ("lower_lr", "cap_margin")
+CAPPED = "runaway_margin"
 # Run points in a row that must agree before scores raise an alarm: few images scatter.
 POINTS = 2
 
@@ -83,6 +87,11 @@ def check_policies(config: Mapping[str, Any]) -> None:
   for name, bound in BOUNDS.items():
     if alarms[name] not in POLICIES:
       raise unknown_name(f"train.alarms.{name}", alarms[name], POLICIES)
+    if alarms[name] == "cap_margin" and name != CAPPED:
+      raise UserError(
+        f"train.alarms.{name}='cap_margin': only train.alarms.{CAPPED} has a margin to "
+        f"cap. Expected one of: {', '.join(x for x in POLICIES if x != 'cap_margin')}."
+      )
     if alarms[bound] <= 0:
       raise UserError(
         f"train.alarms.{bound}={alarms[bound]}: expected more than 0; "
@@ -129,7 +138,7 @@ class Alarms:
     settings: `train.alarms`.
 
   Attributes:
-    lower_at: after how many completed updates the learning rate is to be lowered; None.
+    due: name in `CHANGES` -> after how many completed updates it is to be made.
   """
 
   def __init__(self, settings: Mapping[str, Any]):
@@ -143,7 +152,7 @@ class Alarms:
     self._raised: set[str] = set()
     self._first_scores: list[float] | None = None
     self._points = 0
-    self.lower_at: int | None = None
+    self.due: dict[str, int] = {}
 
   def get_state(self) -> dict[str, Any]:
     """What `set_state` needs to find the same in the steps to come; JSON-able."""
@@ -152,7 +161,7 @@ class Alarms:
       "raised": sorted(self._raised),
       "first_scores": self._first_scores,
       "points": self._points,
-      "lower_at": self.lower_at,
+      "due": dict(self.due),
     }
 
   def set_state(self, state: Mapping[str, Any]) -> None:
@@ -162,7 +171,17 @@ class Alarms:
       self._history[name].extend(values)
     self._raised = set(state["raised"])
     self._first_scores, self._points = state["first_scores"], state["points"]
-    self.lower_at = state["lower_at"]
+    # Checkpoints from before margins could be capped have the one change there was.
+    older = {"lower_lr": state.get("lower_at")}
+    self.due = {
+      name: at for name, at in state.get("due", older).items() if at is not None
+    }
+
+  @property
+  def reward_cap(self) -> float:
+    """Share of the reference's error that keeps margins within the alarm's bound."""
+    # A margin is the difference of two rewards.
+    return self._settings[BOUNDS[CAPPED]] / 2
 
   def policy(self, finding: Finding) -> str:
     """What is to be done about a finding of this object."""

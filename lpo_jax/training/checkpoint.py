@@ -20,7 +20,7 @@ from lpo_jax.errors import UserError
 from lpo_jax.training.state import TrainState
 
 # Arrays that checkpoints from before they were there do not have, and their values then.
-YOUNGER = {"lr_scale": np.float32(1)}
+YOUNGER = {"lr_scale": np.float32(1), "reward_cap": np.float32(np.inf)}
 
 
 class Checkpoints:

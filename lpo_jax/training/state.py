@@ -29,6 +29,7 @@ class TrainState:
     opt_state: optax' state.
     ema: fp32 running mean of `params`, or None.
     lr_scale: [] fp32, 1 until a rollback lowers it: multiplies the learning rate.
+    reward_cap: [] fp32, infinite until an alarm sets it: see `step.capped`.
   """
 
   step: Array
@@ -36,6 +37,7 @@ class TrainState:
   opt_state: Any
   ema: Params | None
   lr_scale: Array
+  reward_cap: Array
 
   @property
   def published(self) -> Params:
@@ -80,6 +82,7 @@ def create(
     opt_state=optimizer.init(params),
     ema=jax.tree.map(jnp.copy, params) if with_ema else None,
     lr_scale=jnp.ones((), jnp.float32),
+    reward_cap=jnp.full((), jnp.inf, jnp.float32),
   )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -250,17 +251,33 @@ def measure(
   return noised.timesteps, scalars
 
 
+def capped(scalars: Denoising, cap: Array | float) -> Denoising:
+  """Keeps implicit rewards within +- cap * ref_err: beyond it, they have no gradient.
+
+  Args:
+    scalars: of any shape.
+    cap: share of the reference's error; infinite: all stay as they are, to the bit.
+  """
+  room = jnp.where(jnp.isinf(cap), jnp.inf, cap * scalars.ref_err)
+  err = jnp.clip(scalars.err, scalars.ref_err - room, scalars.ref_err + room)
+  return dataclasses.replace(scalars, err=err)
+
+
 def loss_and_metrics(
-  method: Method, trainable: Params, frozen: Params | None, batch: Batch
+  method: Method,
+  trainable: Params,
+  frozen: Params | None,
+  batch: Batch,
+  cap: Array | float = math.inf,
 ) -> tuple[Array, Metrics]:
   """The loss of one update and its standing metrics, scalars in fp32."""
   timesteps, scalars = measure(method, trainable, frozen, batch)
   with jax.named_scope("objective"):
     weights = method.weighting(timesteps)
-    weighted = jax.tree.map(lambda x: x * weights, scalars)
+    weighted = jax.tree.map(lambda x: x * weights, capped(scalars, cap))
     loss, metrics = method.objective(to_lists(weighted, batch.slot), batch.ranking)
     if method.has_reference:
-      # Unweighted, so that runs can be compared.
+      # Neither weighted nor capped, so that runs can be compared.
       denoising = jax.lax.stop_gradient(to_lists(scalars, batch.slot))
       told = denoising, batch.ranking
       place = timesteps[batch.slot[:, 0]] / method.schedule.num_train_timesteps
@@ -298,7 +315,8 @@ def train_step(
     norms of gradient (before and after clipping) and update.
   """
   grad_fn = jax.value_and_grad(
-    lambda params: loss_and_metrics(method, params, frozen, batch), has_aux=True
+    lambda params: loss_and_metrics(method, params, frozen, batch, state.reward_cap),
+    has_aux=True,
   )
   (_, metrics), grads = grad_fn(state.params)
   with jax.named_scope("optimizer"):
@@ -319,7 +337,10 @@ def train_step(
   metrics["grad_norm"] = optax.tree.norm(grads)
   metrics["grad_norm_clipped"] = jnp.minimum(metrics["grad_norm"], clip_norm or jnp.inf)
   metrics["update_norm"] = optax.tree.norm(updates)
-  return TrainState(state.step + 1, params, opt_state, ema, state.lr_scale), metrics
+  after = dataclasses.replace(
+    state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema
+  )
+  return after, metrics
 
 
 def reference_errors(method: Method, frozen: Params, batch: Batch) -> Array:

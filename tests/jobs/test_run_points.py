@@ -28,7 +28,12 @@ POINTS = (
   "train.on_runaway=off",
 )
 # Drift is 0 at step 1 alone: alarms at the ends of two windows, steps 3 and 6.
-LOWERING = ("train.alarms.drift=lower_lr", "train.alarms.drift_above=1e-9")
+LOWERING = (
+  "train.alarms.drift=lower_lr",
+  "train.alarms.drift_above=1e-9",
+  "train.alarms.runaway_margin=cap_margin",
+  "train.alarms.runaway_margin_above=1e-9",
+)
 
 
 def rows_of(workdir, name="metrics.jsonl"):
@@ -96,6 +101,9 @@ def test_a_resumed_run_measures_and_lowers_the_same(
   )
   assert alarms == again and (3, "drift") in alarms and (6, "drift") in alarms
   assert "the learning rate is times 0.5 from step 5 on" in outcome.text
+  # Every reward is beyond a cap of half of 1e-9, so that from then on none has a gradient.
+  assert "from step 5 on, implicit rewards beyond 5e-10 of" in outcome.text
+  assert [row["grad_norm"] > 0 for row in whole] == [True] * 4 + [False] * 2
 
 
 def test_an_empty_group_is_null_and_never_zero(run_with_points):

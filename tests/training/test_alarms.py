@@ -127,6 +127,7 @@ def test_those_that_end_the_run_come_last():
   "changed,said",
   [
     ({"train.alarms.drift": "explode"}, "unknown train.alarms.drift"),
+    ({"train.alarms.drift": "cap_margin"}, "only train.alarms.runaway_margin has a"),
     ({"train.alarms.drift_above": 0.0}, "drift_above=0.0: expected more than 0"),
     ({"train.alarms.window": 0}, "expected 1 update or more"),
     ({"train.alarms.trained_scorer": "x"}, "expected both among eval.scorers"),

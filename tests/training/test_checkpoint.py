@@ -280,20 +280,23 @@ def test_a_run_that_went_back_forgets_what_came_after(world, checkpoints):
 def test_a_checkpoint_from_before_there_were_rollbacks_opens(
   world, tmp_path, monkeypatch
 ):
-  """It has no lr_scale, which was 1 then."""
+  """It has neither lr_scale, which was 1 then, nor reward_cap: there was no cap."""
   saved = make_state(world, step=3, seed=1)
   opened = Checkpoints(tmp_path)
   named = trees.named_leaves
   with monkeypatch.context() as then:
-    old = lambda tree: {n: x for n, x in named(tree).items() if n != "lr_scale"}  # noqa: E731
+    younger = {"lr_scale", "reward_cap"}
+    old = lambda tree: {n: x for n, x in named(tree).items() if n not in younger}  # noqa: E731
     then.setattr("lpo_jax.training.checkpoint.trees.named_leaves", old)
     opened.save(saved, {})
     opened.wait()
   restored, _ = opened.restore(make_state(world))
   opened.close()
   assert restored.lr_scale == 1 and restored.lr_scale.dtype == jnp.float32
+  assert restored.reward_cap == np.inf and restored.reward_cap.dtype == jnp.float32
   mine, theirs = bits(restored), bits(saved)
-  assert mine.pop("lr_scale") != theirs.pop("lr_scale")
+  for name in younger:
+    assert mine.pop(name) != theirs.pop(name)
   assert mine == theirs
 
 

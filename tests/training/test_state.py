@@ -17,6 +17,7 @@ def test_the_running_mean_is_published_where_there_is_one():
     opt_state=(),
     ema={"kernel": jnp.zeros(2)},
     lr_scale=jnp.ones(()),
+    reward_cap=jnp.asarray(jnp.inf),
   )
   np.testing.assert_array_equal(with_mean.published["kernel"], [0.0, 0.0])
   without = state_lib.create(params, optax.sgd(0.1), with_ema=False)

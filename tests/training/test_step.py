@@ -15,6 +15,7 @@ from lpo_jax import trees
 from lpo_jax.errors import UserError
 from lpo_jax.objectives import OBJECTIVES
 from lpo_jax.training import optimizer, step
+from lpo_jax.types import Denoising
 
 
 def assert_trees_close(a, b, tolerance):
@@ -615,3 +616,23 @@ def test_the_scale_of_a_rollback_is_the_learning_rates(world, options):
   assert lowered.state.lr_scale == 0.5
   for name, x in trees.named_leaves(lowered.params).items():
     np.testing.assert_array_equal(x, trees.named_leaves(half.params)[name], name)
+
+
+def test_capped_rewards_have_no_gradient():
+  """Beyond a share of the reference's error, 2.0 here; within it nothing changes."""
+  err = jnp.asarray([1.0, 1.6, 1.9, 2.4, 3.0])
+  scalars = Denoising(err=err, ref_err=jnp.full(5, 2.0), drift=jnp.ones(5))
+
+  def rewards(err, cap):
+    return step.capped(dataclasses.replace(scalars, err=err), cap).err
+
+  for cap, expected, moves in (
+    (0.3, [1.4, 1.6, 1.9, 2.4, 2.6], [0, 1, 1, 1, 0]),
+    (np.inf, err, [1, 1, 1, 1, 1]),
+  ):
+    y, pull = jax.vjp(lambda err: rewards(err, np.float32(cap)), err)  # noqa: B023
+    np.testing.assert_allclose(y, expected, rtol=1e-7)
+    np.testing.assert_array_equal(pull(jnp.ones(5))[0], moves)
+  # An objective without a reference has errors of 0 there.
+  none = dataclasses.replace(scalars, ref_err=jnp.zeros(5))
+  np.testing.assert_array_equal(step.capped(none, np.float32(np.inf)).err, err)
