@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from lpo_jax import models, objectives, parallel
 from lpo_jax.diffusion import noising, schedule
 from lpo_jax.jobs.plan_step import EFFORTS
-from lpo_jax.training import flops, optimizer, state, step
+from lpo_jax.training import flops, optimizer, places, state, step
 from lpo_jax.types import Batch, Conditioning, Ranking
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -145,8 +145,11 @@ def trace(arguments: argparse.Namespace) -> jax.stages.Traced:
     remat=arguments.remat,
     scan=arguments.scan,
   )
+  shapes = model.abstract_params
+  shardings = parallel.param_shardings(shapes, mesh)
   method = step.Method(
     unet=model.apply,
+    weights=places.in_use(step.whole, model, shardings),
     schedule=schedule.from_config(SCHEDULE),
     noising=noising.get("forward"),
     objective=objectives.get("lpo", beta=5000.0),
@@ -155,8 +158,6 @@ def trace(arguments: argparse.Namespace) -> jax.stages.Traced:
     microbatch=arguments.microbatch * mesh.size,
     unroll=arguments.target == "cpu",
   )
-  shapes = model.abstract_params
-  shardings = parallel.param_shardings(shapes, mesh)
   adamw = optimizer.build("adamw", shapes, learning_rate=1e-5)
   return step.trace_train_step(
     mesh,

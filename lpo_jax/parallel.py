@@ -10,11 +10,10 @@ import dataclasses
 import functools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -114,6 +113,15 @@ def make_mesh(
   # Auto axes: the compiler propagates shardings. Explicit axes would refuse the gathers
   # that turn slots into lists.
   return Mesh(arrange(groups, *sizes), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def mesh_of(
+  settings: Mapping[str, Any], devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Returns the mesh that `config.mesh` asks for; see `make_mesh`."""
+  sizes = {name: settings[name] for name in ("data", "fsdp", "slices")}
+  return make_mesh(**sizes, devices=devices)
+
 
 
 def group_slices(devices: Sequence[Any], slices: int = -1) -> list[list[Any]]:
@@ -318,29 +326,28 @@ def gathered_product(
   """
   if not _is_split():
     return product(x, kernel.astype(dtype))
-  return _gathered_product(product, jnp.dtype(dtype), x, kernel)
+  # Cast first: what is kept until the backward pass is the narrow shard.
+  return _gathered_product(product, x, kernel.astype(dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gathered_product(
-  product: Product, dtype: Any, x: jax.Array, kernel: jax.Array
-) -> jax.Array:
-  return product(x, _gather(kernel.astype(dtype)))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gathered_product(product: Product, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return product(x, _gather(kernel))
 
 
 def _gathered_product_forward(
-  product: Product, dtype: Any, x: jax.Array, kernel: jax.Array
+  product: Product, x: jax.Array, kernel: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return _gathered_product(product, dtype, x, kernel), (x, kernel)
+  return _gathered_product(product, x, kernel), (x, kernel)
 
 
 def _gathered_product_backward(
-  product: Product, dtype: Any, kept: tuple[jax.Array, jax.Array], cotangent: jax.Array
+  product: Product, kept: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   x, kernel = kept
   # Or the compiler finds the same gather twice, and keeps its result after all.
   kernel = jax.lax.optimization_barrier(kernel)
-  _, pull = jax.vjp(lambda x, k: product(x, _gather(k.astype(dtype))), x, kernel)
+  _, pull = jax.vjp(lambda x, k: product(x, _gather(k)), x, kernel)
   return pull(cotangent)
 
 

@@ -118,7 +118,31 @@ def two_processes(tiny_world, tmp_path_factory):
   return workdir
 
 
-@pytest.fixture(params=["accumulated", "eight_devices", "two_processes"])
+@pytest.fixture(scope="module")
+def moved(tiny_cache, tmp_path_factory):
+  """Two updates on one device, two on eight with the reference in the host's memory, the
+  last on two processes, which export."""
+  workdir = tmp_path_factory.mktemp("moved")
+  outcome = tiny_cache.run(workdir, "train.total_steps=2")
+  assert outcome.code == 0, outcome.text
+  eight = (
+    "mesh.data=4",
+    "mesh.fsdp=2",
+    "mesh.reference=sharded",
+    "mesh.offload=('reference',)",
+    "train.total_steps=4",
+  )
+  (text,) = run_jobs(
+    tiny_cache, [[0, tiny_cache.arguments(workdir, *eight)]], devices=8
+  )
+  assert "resuming" in text, text
+  two = ("mesh.data=1", "mesh.fsdp=2")
+  jobs = [[0, tiny_cache.arguments(workdir, *two, job=j)] for j in ("train", "export")]
+  run_jobs(tiny_cache, jobs, processes=2)
+  return workdir
+
+
+@pytest.fixture(params=["accumulated", "eight_devices", "two_processes", "moved"])
 def other(request):
   return request.getfixturevalue(request.param)
 
