@@ -189,7 +189,7 @@ class Meter:
 
   def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
     self._config, self._workdir = config, workdir
-    self._mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+    self._mesh = parallel.mesh_of(config.mesh)
     self._judges = [scorers.get(name) for name in (TASTE, LEGIBILITY)]
     texts, ev = prompt_sets.read(config.eval.prompts), config.eval
     self._prompts = [text for text in texts for _ in range(ev.seeds)]

@@ -191,8 +191,7 @@ def check_devices(config: Any, workdir: pathlib.Path) -> list[Finding]:
   count = f"{jax.process_count()}, this is number {jax.process_index()}"
   findings.append(Finding("processes", count))
   try:
-    mesh = config.mesh
-    parallel.make_mesh(mesh.data, mesh.fsdp, slices=mesh.slices)
+    parallel.mesh_of(config.mesh)
   except UserError as e:
     fix = "set mesh.data=-1 and an mesh.fsdp that divides the devices"
     findings.append(Finding("mesh", str(e), ERROR, fix))

@@ -56,9 +56,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     StoppedEarly: a signal, a STOP file or the time budget; the run is saved.
   """
   workdir = pathlib.Path(workdir)
-  mesh = parallel.make_mesh(
-    config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices
-  )
+  mesh = parallel.mesh_of(config.mesh)
   train = config.train
   blueprints.check_settings(config)
   step_lib.check_batch_arithmetic(mesh, train.images_per_update, train.microbatch)
