@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,6 +80,41 @@ def unflatten_named(leaves: Mapping[str, Any], like: Any) -> Any:
       f"{len(extra)} unexpected (first: {extra[:3]})."
     )
   return map_named(lambda name, _: leaves[name], like)
+
+
+def pick(tree: Mapping[Any, Any], names: Collection[str]) -> dict[Any, Any]:
+  """Returns the leaves of these names, in as much of the structure as holds them.
+
+  Args:
+    tree: nested mappings.
+    names: dotted; others are left out, and so are branches without any.
+
+  >>> pick({"a": {"kernel": 1, "bias": 2}, "b": {"bias": 3}}, ["a.bias"])
+  {'a': {'bias': 2}}
+  """
+
+  def walk(branch: Mapping[Any, Any], above: str) -> dict[Any, Any]:
+    found = {}
+    for key, value in branch.items():
+      name = f"{above}{key}"
+      if isinstance(value, Mapping):
+        inner = walk(value, f"{name}.")
+        found |= {key: inner} if inner else {}
+      elif name in names:
+        found[key] = value
+    return found
+
+  return walk(tree, "")
+
+
+def overlay(tree: Any, part: Any) -> Any:
+  """Returns `tree` with the leaves of `part` in place of its own, by name.
+
+  >>> overlay({"a": {"kernel": 1, "bias": 2}}, {"a": {"bias": 5}})
+  {'a': {'bias': 5, 'kernel': 1}}
+  """
+  instead = named_leaves(part)
+  return map_named(lambda name, leaf: instead.get(name, leaf), tree)
 
 
 def match_rules(rules: Sequence[tuple[str, Any]], tree: Any, *, what: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,18 +64,50 @@ class Conditioning:
     time_ids: [S, 6] original size, crop and target size in pixels (SDXL), else None.
     source_latents: [S, h, w, c] the image to edit: the mode of its posterior, unscaled;
       0 where it is withheld. None where nothing is edited.
+    user_embeds: [S, K, D] who it is for: K embeddings of a person; 0 where they are
+      nobody. None where users are not told apart.
   """
 
   prompt_embeds: Array
   pooled_prompt_embeds: Array | None = None
   time_ids: Array | None = None
   source_latents: Array | None = None
+  user_embeds: Array | None = None
 
   @property
   def arguments(self) -> dict[str, Array]:
     """What a network is told besides latents and time, by name; no more than there is."""
     fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
     return {name: value for name, value in fields if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """What an image is asked for by: a row of a prompt set.
+
+  Attributes:
+    text: the prompt; of an edit, the instruction.
+    category: "" for none.
+    source: the encoded image to edit; b"" where nothing is edited.
+    target: the encoded edit that is held to be right; b"" where nobody made one.
+    source_caption: what the source shows; "" where nobody said.
+    target_caption: what the edit should show; "" where nobody said.
+    user: whom it is drawn for; "" for nobody.
+  """
+
+  text: str
+  category: str = ""
+  source: bytes = dataclasses.field(default=b"", repr=False)
+  target: bytes = dataclasses.field(default=b"", repr=False)
+  source_caption: str = ""
+  target_caption: str = ""
+  user: str = ""
+
+  @property
+  def key(self) -> str:
+    """Tells it from other rows by all that a model is asked; of a mere text, the text."""
+    source = hashlib.sha256(self.source).hexdigest() if self.source else ""
+    return "\0".join([self.text, source, self.user]).rstrip("\0")
 
 
 @_record

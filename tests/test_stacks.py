@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from lpo_jax import models, parallel, pretrained, trees
 from lpo_jax.models import base
-from lpo_jax.models.transformer import Transformer
+from lpo_jax.models.transformer import Context, Transformer
 
 # What is special about SDXL, in one stage: three transformer blocks in a row.
 XL = {
@@ -77,7 +77,7 @@ def value_and_grad_of_blocks(arguments, **settings):
   x = np.tile(arguments[0], 2)
 
   def loss(params):
-    return jnp.mean(jnp.square(model.bind(params)(x, arguments[2])))
+    return jnp.mean(jnp.square(model.bind(params)(x, Context(arguments[2]))))
 
   return jax.value_and_grad(loss), model.init(0)
 

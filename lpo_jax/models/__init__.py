@@ -22,6 +22,7 @@ CLASSES: dict[str, str] = {
   "CLIPVisionModel": "clip_vision",
   "CLIPVisionModelWithProjection": "clip_vision",
   "CLIPModel": "clip_pair",
+  "ViTModel": "vit",
   "ImageReward": "blip",
 }
 
@@ -67,8 +68,8 @@ def build(
 
   Returns:
     A UNet with `.apply`, an autoencoder with `.encode` and `.decode`, one tower of CLIP
-    with `.apply`, both with `.embed_texts` and `.embed_images`, or ImageReward with
-    `.apply`.
+    with `.apply`, both with `.embed_texts` and `.embed_images`, or ImageReward or a ViT
+    with `.apply`.
 
   Raises:
     UserError: an unknown class, attention or remat, or a config field that is not

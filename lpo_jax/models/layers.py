@@ -188,13 +188,17 @@ class Attention(nnx.Module):
     self.implementation = settings.attention
 
   def __call__(self, x: Array, context: Array) -> Array:
-    y = attend(
-      split_heads(self.to_q(x), self.heads),
-      split_heads(self.to_k(context), self.heads),
-      split_heads(self.to_v(context), self.heads),
-      implementation=self.implementation,
-    )
+    q = self.split(self.to_q(x))
+    y = self.attend(q, self.split(self.to_k(context)), self.split(self.to_v(context)))
     return self.to_out[0](y.reshape(x.shape))
+
+  def split(self, x: Array) -> Array:
+    """Views [N, L, C] as [N, L, heads, C / heads]."""
+    return split_heads(x, self.heads)
+
+  def attend(self, q: Array, k: Array, v: Array) -> Array:
+    """Attention of all heads as the settings say it is computed."""
+    return attend(q, k, v, implementation=self.implementation)
 
 
 def sinusoidal_embedding(

@@ -1,4 +1,4 @@
-"""The conditional UNet of Stable Diffusion 1, 2 and XL, of SSD-1B and of edits."""
+"""The conditional UNet of Stable Diffusion 1, 2 and XL, of SSD-1B, edits and users."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from flax import nnx
 from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.models import layers
 from lpo_jax.models.base import Model, Settings, resolve_config
-from lpo_jax.models.transformer import Transformer
+from lpo_jax.models.transformer import Context, Transformer
+from lpo_jax.models.users import UserProjection, UserProjectionLayers
 from lpo_jax.types import Array, Params
 
 DEFAULTS: dict[str, Any] = {
@@ -41,6 +42,10 @@ DEFAULTS: dict[str, Any] = {
   "projection_class_embeddings_input_dim": None,
   # The softmax is in fp32 whether it is asked for or not.
   "upcast_attention": False,
+  # Ours: width of a user's embeddings, None where users are not told apart; how many
+  # tokens the projector makes of each, 0 where the embeddings are the tokens.
+  "user_dim": None,
+  "user_tokens": 4,
   # Sizes of what `ONLY` keeps switched off.
   "addition_embed_type_num_heads": 64,
 }
@@ -102,7 +107,7 @@ class Stage(nnx.Module):
       self.attentions = nnx.List(transformers)
     self.settings = settings
 
-  def layer(self, index: int, x: Array, embedding: Array, context: Array) -> Array:
+  def layer(self, index: int, x: Array, embedding: Array, context: Context) -> Array:
     """Applies resnet `index` and the transformer after it."""
     x = self.settings.block(self.resnets[index].__call__)(x, embedding)
     if hasattr(self, "attentions"):
@@ -134,7 +139,7 @@ class DownStage(Stage):
 class MidStage(Stage):
   """The lowest resolution: one resnet more than transformers."""
 
-  def __call__(self, x: Array, embedding: Array, context: Array) -> Array:
+  def __call__(self, x: Array, embedding: Array, context: Context) -> Array:
     x = self.settings.block(self.resnets[0].__call__)(x, embedding)
     for index in range(1, len(self.resnets)):
       x = self.attentions[index - 1](x, context)
@@ -217,9 +222,16 @@ class Blueprint:
         groups=self.fields["norm_num_groups"],
         linear=self.fields["use_linear_projection"],
         settings=self.settings,
+        user=self.user,
       )
       for each in depths
     ]
+
+  @property
+  def user(self) -> int | None:
+    """Width of the user's tokens that attention sees, if it sees any."""
+    width = self.fields["user_dim"]
+    return self.contexts[0] if width and self.fields["user_tokens"] else width
 
   def down(self) -> list[DownStage]:
     stages, width = [], self.widths[0]
@@ -295,6 +307,13 @@ class UNet2DConditionModel(nnx.Module):
     if fields["addition_embed_type"] == "text_time":
       inputs = fields["projection_class_embeddings_input_dim"]
       self.add_embedding = TimeEmbedding(inputs, embedding)
+    self.user_dim = fields["user_dim"]
+    if self.user_dim and fields["user_tokens"]:
+      self.encoder_hid_proj = UserProjectionLayers(
+        UserProjection(
+          self.user_dim, fields["user_tokens"], blueprint.contexts[0], settings.dtype
+        )
+      )
     self.down_blocks = nnx.List(blueprint.down())
     if (mid := blueprint.mid()) is not None:
       self.mid_block = mid
@@ -325,6 +344,7 @@ class UNet2DConditionModel(nnx.Module):
     pooled_prompt_embeds: Array | None = None,
     time_ids: Array | None = None,
     source_latents: Array | None = None,
+    user_embeds: Array | None = None,
   ) -> Array:
     embedding = self.time_embedding(self.wave(timesteps, self.wave_channels))
     if hasattr(self, "add_embedding"):
@@ -337,7 +357,8 @@ class UNet2DConditionModel(nnx.Module):
       latents = jnp.concatenate([latents, source_latents.astype(latents.dtype)], -1)
     x = 2 * latents - 1 if self.centre else latents
     x = self.conv_in(x)
-    context = prompt_embeds.astype(self.settings.dtype)
+    text = prompt_embeds.astype(self.settings.dtype)
+    context = Context(text, self.user_tokens(user_embeds, x.shape[0]))
     skips = [x]
     for stage in self.down_blocks:
       x, seen = stage(x, embedding, context)
@@ -347,6 +368,17 @@ class UNet2DConditionModel(nnx.Module):
     for stage in self.up_blocks:
       x = stage(x, skips, embedding, context)
     return self.conv_out(layers.silu(self.conv_norm_out(x)))
+
+  def user_tokens(self, embeds: Array | None, count: int) -> Array | None:
+    """[N, T, E] tokens; of nobody, where no user is given, those of zeros."""
+    if not self.user_dim:
+      return None
+    if embeds is None:
+      embeds = jnp.zeros((count, 1, self.user_dim))
+    embeds = embeds.astype(self.settings.dtype)
+    if hasattr(self, "encoder_hid_proj"):
+      return self.encoder_hid_proj.image_projection_layers[0](embeds)
+    return embeds
 
 
 class UNet(Model):
@@ -361,6 +393,7 @@ class UNet(Model):
     pooled_prompt_embeds: Array | None = None,
     time_ids: Array | None = None,
     source_latents: Array | None = None,
+    user_embeds: Array | None = None,
   ) -> Array:
     """Runs the network.
 
@@ -374,18 +407,28 @@ class UNet(Model):
         width, all in pixels, for models of the XL kind ([N, 5] for its refiner).
       source_latents: [N, h, w, c] latents of the image to edit, not scaled, where
         `latents` do not include them.
+      user_embeds: [N, K, D] of users, for models that know them (`user_dim`); zeros are
+        nobody, and so is None.
 
     Returns:
       [N, h, w, c] fp32.
 
     Raises:
-      UserError: a model of the XL kind without pooled text or sizes.
+      UserError: a model of the XL kind without pooled text or sizes; embeddings of users
+        for a model that knows none, or of another width.
     """
     extra = self.config.get("addition_embed_type") == "text_time"
     if extra and (pooled_prompt_embeds is None or time_ids is None):
       raise UserError(
         "this UNet is of the XL kind (addition_embed_type 'text_time'): pass "
         "pooled_prompt_embeds [N, P] and time_ids [N, 6]."
+      )
+    width = self.config.get("user_dim")
+    if user_embeds is not None and user_embeds.shape[-1] != width:
+      raise UserError(
+        f"user_embeds have width {user_embeds.shape[-1]}, and this UNet takes "
+        f"{width or 'no users'} (its config's user_dim). Make one that takes them with "
+        "--job widen --config.widen.kind=users."
       )
     timesteps = jnp.broadcast_to(jnp.asarray(timesteps), (latents.shape[0],))
 
@@ -400,6 +443,7 @@ class UNet(Model):
       pooled_prompt_embeds,
       time_ids,
       source_latents,
+      user_embeds,
     )
 
 

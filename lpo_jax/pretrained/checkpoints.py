@@ -37,6 +37,12 @@ OPEN_CLIP: dict[str, dict[str, Any]] = {
     "vision_cfg": {"width": 1280, "layers": 32, "head_width": 80, "patch_size": 14},
     "text_cfg": {"width": 1024, "layers": 24, "heads": 16},
   },
+  "ViT-B-32-quickgelu": {
+    "embed_dim": 512,
+    "quick_gelu": True,
+    "vision_cfg": {"width": 768, "layers": 12, "head_width": 64, "patch_size": 32},
+    "text_cfg": {"width": 512, "layers": 12, "heads": 8},
+  },
   "ViT-L-14-quickgelu": {
     "embed_dim": 768,
     "quick_gelu": True,
@@ -66,6 +72,8 @@ _PROJECTIONS = {
   "visual.proj": "visual_projection.weight",
   "text_projection": "text_projection.weight",
 }
+# Of a ViT, what comes after its states.
+_NO_STATES = re.compile(r"^(vit\.)?pooler\.|^classifier\.")
 # Buffers, and BLIP's own heads for other tasks, which ImageReward's file still has.
 _UNUSED = re.compile(r"(^|\.)(attn_mask|position_ids)$|^blip\.(vision|text)_proj\.")
 
@@ -228,6 +236,23 @@ def clip(path: Path, alternatives: Sequence[str], architecture: str) -> Checkpoi
     config = {**files.read_json(file.parent / "config.json")}
     config["architectures"] = ["CLIPModel"]
   return Checkpoint(file, config, Weights(_used(found)))
+
+
+def vit(path: Path, alternatives: Sequence[str]) -> Checkpoint:
+  """Finds a vision transformer in transformers' layout, with or without a pooler.
+
+  Raises:
+    UserError: see `locate` and `read_file`; or no `config.json` beside the weights.
+  """
+  file = locate(path, alternatives)
+  config = {**files.read_json(file.parent / "config.json")}
+  config["architectures"] = ["ViTModel"]
+  found = {
+    names.todays_name(name, "ViTModel"): tensor
+    for name, tensor in _used(read_file(file)).items()
+    if not _NO_STATES.search(name)
+  }
+  return Checkpoint(file, config, Weights(found))
 
 
 def clip_config(fields: Mapping[str, Any]) -> dict[str, Any]:

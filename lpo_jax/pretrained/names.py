@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,6 +19,7 @@ SUFFIXES = {
   "class_embedding": "class_embedding",
   "cls_token": "cls_token",
   "pos_embed": "pos_embed",
+  "position_embeddings": "position_embeddings",
   "logit_scale": "logit_scale",
 }
 
@@ -25,7 +27,7 @@ SUFFIXES = {
 KERNEL_AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
 
 # Names that older files have -> the names of today, by class.
-OLD_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
+OLD_NAMES: dict[str, tuple[tuple[str, str | Callable[[re.Match], str]], ...]] = {
   "AutoencoderKL": (
     (r"(\.attentions\.\d+)\.query\.", r"\1.to_q."),
     (r"(\.attentions\.\d+)\.key\.", r"\1.to_k."),
@@ -39,6 +41,17 @@ OLD_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
   ),
   "CLIPVisionModelWithProjection": (),
   "CLIPModel": (),
+  "ViTModel": (  # of before transformers 5, as the files on the Hub are
+    (r"^vit\.", ""),
+    (r"^encoder\.layer\.(\d+)\.", r"layers.\1."),
+    (
+      r"\.attention\.attention\.(query|key|value)\.",
+      lambda m: f".attention.{m[1][0]}_proj.",
+    ),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"^(layers\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+  ),
 }
 # Constants that older versions of transformers stored.
 IGNORED = re.compile(r"(^|\.)position_ids$")

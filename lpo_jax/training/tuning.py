@@ -1,15 +1,16 @@
-"""What of a network is trained: all of its weights, or factors beside them."""
+"""What of a network is trained: all of its weights, some, or factors beside them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from lpo_jax import parallel, trees
+from lpo_jax.errors import UserError
 from lpo_jax.models import Model, lora
 from lpo_jax.training import step
 from lpo_jax.types import Params
@@ -25,7 +26,8 @@ class Tuning:
       read it; works under `jax.eval_shape`.
     weights: see `step.Method`.
     start: (base, mesh) -> the trainable tree before the first update, on the mesh.
-    layout: of the factors; empty where all weights are trained.
+    layout: of the factors; empty where weights themselves are trained.
+    has_base: whether `weights` reads the frozen tree.
   """
 
   shapes: Params
@@ -33,14 +35,15 @@ class Tuning:
   weights: step.Weights
   start: Callable[[Params, Mesh], Params]
   layout: lora.Layout
+  has_base: bool
 
   def publish(self, trainable: Params, load_base: Callable[[], Params]) -> Params:
     """Makes the network's weights of a checkpoint; asks for the base if it must."""
-    return self.outside(trainable, load_base() if self.layout else None)
+    return self.outside(trainable, load_base() if self.has_base else None)
 
   def outside(self, trainable: Params, frozen: Params | None) -> Params:
     """`weights` outside of a step; where all are trained, these and not a copy."""
-    return jax.jit(self.weights)(trainable, frozen) if self.layout else trainable
+    return jax.jit(self.weights)(trainable, frozen) if self.has_base else trainable
 
 
 def whole(model: Model) -> Tuning:
@@ -64,6 +67,51 @@ def whole(model: Model) -> Tuning:
     weights=step.whole,
     start=lambda base, mesh: base,
     layout={},
+    has_base=False,
+  )
+
+
+def chosen(model: Model, rules: Sequence[tuple[str, bool]]) -> Tuning:
+  """The weights are trained that the rules say, such as an adapter's; others are frozen.
+
+  The frozen tree is the whole base: the reference, and what the policy has besides. Only
+  the weights that are trained have moments and a running mean, and are in checkpoints.
+
+  Args:
+    model: the network.
+    rules: `train.trainable`: (regex over names, train?), first match wins.
+
+  Raises:
+    UserError: a name that no rule matches, or nothing left to train.
+  """
+  train = trees.named_leaves(
+    trees.match_rules(rules, model.abstract_params, what="trainable")
+  )
+  names = frozenset(name for name, is_trained in train.items() if is_trained)
+  if len(names) == len(train):
+    return whole(model)
+  if not names:
+    raise UserError(
+      "train.trainable freezes every parameter; expected a rule that leaves some."
+    )
+
+  def freeze(base: Params, has_reference: bool) -> Params:
+    del has_reference  # what is not trained is needed in any case
+
+    # What is trained is donated to the first step: the base keeps a copy.
+    def own(name: str, leaf: Any) -> Any:
+      return leaf + 0 if name in names else leaf
+
+    narrow = jax.jit(lambda tree: trees.map_named(own, model.narrow(tree)))
+    return narrow(base)
+
+  return Tuning(
+    shapes=trees.pick(model.abstract_params, names),
+    freeze=freeze,
+    weights=lambda trained, base: trees.overlay(base, trained),
+    start=lambda base, mesh: trees.pick(base, names),
+    layout={},
+    has_base=True,
   )
 
 
@@ -96,4 +144,5 @@ def beside(model: Model, layout: lora.Layout, first: Callable[[], Params]) -> Tu
     weights=lambda delta, base: lora.merge(base, delta, layout),
     start=start,
     layout=layout,
+    has_base=True,
   )

@@ -1,4 +1,4 @@
-"""Factors beside a network: the step that all methods share, told apart by nothing."""
+"""Factors or some weights of a network: the step of all methods, told apart by nothing."""
 
 import json
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lpo_jax import models, parallel, trees
+from lpo_jax.errors import UserError
 from lpo_jax.models import lora
 from lpo_jax.training import optimizer, state, step, tuning
 
@@ -236,3 +237,62 @@ def test_all_weights(unet):
   assert all(
     np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(frozen)
   )
+
+
+@pytest.mark.parametrize("objective", ["lpo", "sft"])
+def test_chosen_weights_have_the_gradient_they_have_among_all(world, objective):
+  base = world.make_params(1)
+  names = [n for n in trees.named_leaves(base) if n.startswith("out.")]
+  part = trees.pick(base, names)
+  assert list(trees.named_leaves(part)) == names
+  moved = jax.tree.map(lambda x: x + 0.1, part)
+  batch = world.make_batch()
+  whole = world.make_method(objective)
+  method = world.make_method(objective, weights=lambda p, b: trees.overlay(b, p))
+
+  def value_and_grad(method, trainable, frozen):
+    fn = jax.value_and_grad(
+      lambda p: step.loss_and_metrics(method, p, frozen, batch), has_aux=True
+    )
+    return jax.jit(fn)(trainable)
+
+  (loss, _), grads = value_and_grad(method, moved, base)
+  full = trees.overlay(base, moved)
+  frozen = base if whole.has_reference else None
+  (expected, _), theirs = value_and_grad(whole, full, frozen)
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  theirs = trees.named_leaves(theirs)
+  for name, gradient in trees.named_leaves(grads).items():
+    np.testing.assert_allclose(gradient, theirs[name], rtol=1e-5, atol=1e-7)
+
+
+def test_chosen_weights_alone_are_trained_and_the_base_outlives_them(unet):
+  rules = ((r"\.attn2\.", True), (".*", False))
+  some = tuning.chosen(unet, rules)
+  base = jax.tree.map(jnp.asarray, unet.init(0))
+  values = {n: np.asarray(x) for n, x in trees.named_leaves(base).items()}
+  frozen = some.freeze(base, False)  # what is frozen is needed without a reference too
+  trained = some.start(base, None)
+  names = trees.named_leaves(trained)
+  assert names and all(".attn2." in name for name in names)
+  assert jax.tree.structure(trained) == jax.tree.structure(some.shapes)
+  assert some.has_base and not some.layout
+  moved = jax.tree.map(lambda x: x + 1, trained)
+  for leaf in names.values():  # as the step donates it
+    leaf.delete()
+  slim = trees.named_leaves(unet.narrow(unet.abstract_params))
+  for name, leaf in trees.named_leaves(frozen).items():
+    assert leaf.dtype == slim[name].dtype
+    np.testing.assert_array_equal(leaf, values[name].astype(slim[name].dtype))
+  wide = trees.unflatten_named(values, unet.abstract_params)
+  published = trees.named_leaves(some.publish(moved, lambda: wide))
+  for name, leaf in published.items():
+    np.testing.assert_array_equal(leaf, values[name] + (name in names))
+
+
+def test_rules_that_choose_all_or_nothing(unet):
+  assert not tuning.chosen(unet, ((".*", True),)).has_base
+  with pytest.raises(UserError, match="freezes every parameter"):
+    tuning.chosen(unet, ((".*", False),))
+  with pytest.raises(UserError, match="no trainable rule matches parameter"):
+    tuning.chosen(unet, ((r"\.attn2\.", True),))
