@@ -18,6 +18,7 @@ OPEN_SECTIONS = (
   "train.optimizer_args",
   "eval.candidates",
   "eval.scorer_paths",
+  "eval.told",
   "inspect.limits",
 )
 
@@ -76,6 +77,15 @@ def get_config() -> ml_collections.ConfigDict:
       "max_pixels": 100_000_000,  # larger ones are bad images; ours: 300 MB decoded
       "max_bad_images": 0.01,  # stop when more than this share cannot be decoded
       "held_out": 0.0,  # share of the prompts whose lists are never trained on
+      # Who judged, docs/personal.md: a file of embeddings by person (--job users makes
+      # one); None: people are not told apart. Lists need group_by=prompt_user
+      "user_embeds": placeholder(str),
+      "user_missing": "refuse",  # people without: refuse | nobody: trained as zeros
+      # Lists trained as nobody's, for guidance; IP-Adapter's 0.05, PPD's unpublished
+      "user_dropout": 0.0,
+      # Clear judgements of each person that are in no list: what --job users reads; PPD: 4
+      "few_shot": 0,
+      "held_out_users": 0.0,  # share of the people whose lists are never trained on
       "caption_dropout": 0.2,  # Diffusion-DPO train.py --proportion_empty_prompts
       # Of edits, with the image to edit withheld and with both withheld; InstructPix2Pix:
       # 0.05 each, as the caption alone
@@ -116,6 +126,7 @@ def get_config() -> ml_collections.ConfigDict:
       "warmup_steps": 500,  # Diffusion-DPO's SD1.5 launcher
       "clip_norm": 1.0,
       "decay": ((".*", True),),  # torch's AdamW decays everything
+      # (regex, True | False) over names; what is not trained is in no checkpoint
       "trainable": ((".*", True),),
       "ema": 0.0,  # decay of the running mean that is exported; 0: none
       # constant | ramp: min(ema, (1 + n) / (10 + n)) after n updates, diffusers' EMAModel
@@ -132,8 +143,8 @@ def get_config() -> ml_collections.ConfigDict:
       "rollback_factor": 0.5,
       "max_rollbacks": 3,
       # What a run with a finite loss can do wrong, docs/alarms.md. Each: off | warn |
-      # lower_lr (times rollback_factor) | rollback | stop. Bounds are shares of the
-      # reference's error, ours.
+      # lower_lr (times rollback_factor) | cap_margin (of runaway_margin) | rollback |
+      # stop. Bounds are shares of the reference's error, ours.
       "alarms": ml_collections.ConfigDict(
         {
           "window": 5,  # updates whose median is judged
@@ -189,9 +200,18 @@ def get_config() -> ml_collections.ConfigDict:
       # name -> run (run@STEP, run:raw), diffusers folder, Hub id, LoRA, folder of images
       "candidates": ml_collections.ConfigDict(),
       "baseline": "base",  # whom win rates are against
+      # candidate -> whom it is told of, where prompts are for people: own (each row's; the
+      # default) | another (the next person in a fixed order) | nobody
+      "told": ml_collections.ConfigDict(),
       "sampler": "ddim",
       "steps": 50,
       "guidance_scale": 7.5,
+      # Of an editing UNet, how much more it keeps to the source; InstructPix2Pix's
+      # edit_cli.py and diffusers' pipeline
+      "image_guidance_scale": 1.5,
+      # How much a person counts, where the UNet knows people (diffusers'
+      # set_ip_adapter_scale): 1 as trained, 0 nobody
+      "user_scale": 1.0,
       "eta": 0.0,
       # Noise levels of dpmpp_2m, dpmpp_2m_sde and euler: auto, as the pipeline's
       # scheduler_config.json has it | schedule | karras
@@ -210,7 +230,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.export = ml_collections.ConfigDict(
     {
       # pipeline, merged: a whole diffusers folder | unet: unet/ alone | lora: a file of
-      # the factors; a run without them gets the nearest ones of `rank`
+      # the factors; a run without them gets the nearest ones of `rank` | ip_adapter: a
+      # file of what is told people apart with; beside a pipeline or unet in any case
       "kind": "pipeline",
       "path": "",  # empty: <workdir>/export, or <workdir>/lora
       "format": "peft",  # of a LoRA file: peft (diffusers) | kohya (A1111, Forge, Comfy)
@@ -224,6 +245,16 @@ def get_config() -> ml_collections.ConfigDict:
       "private": True,  # if that makes a repository; ours: nothing is public unasked
     }
   )
+  # What --job widen makes a UNet of model.path take besides a text.
+  config.widen = ml_collections.ConfigDict(
+    {
+      "kind": "edits",  # edits: an image to edit | users: who it is for, docs/personal.md
+      "user_dim": 0,  # width of a user's embeddings
+      # The projector makes so many tokens of each; IP-Adapter's number, the one diffusers
+      # loads. 0: no projector, the embeddings are the tokens
+      "user_tokens": 4,
+    }
+  )
   config.select = ml_collections.ConfigDict(
     {
       "by": "score",  # score | wins | uids: which images of data.path are experts
@@ -231,6 +262,17 @@ def get_config() -> ml_collections.ConfigDict:
       "scorer": "",  # who scores; empty: the source's own scores
       "uids": "",  # a text file of image uids, one a line
       "path": "",  # empty: <workdir>/experts.parquet
+    }
+  )
+  # --job users: people's few judgements -> data.user_embeds, docs/personal.md
+  config.users = ml_collections.ConfigDict(
+    {
+      "encoder": "clip",  # clip: image embeddings, unit vectors | pixels: 8 x 8 grey
+      # The encoder's folder or Hub id; IP-Adapter's SD1.5 encoder is the same network
+      "model": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+      # means: of the preferred beside that of the others | difference: of these two means
+      # | pairs: each example's two images side by side, K of them. Ours: PPD's is a VLM's
+      "form": "means",
     }
   )
   # Drawn as `eval` says.

@@ -36,6 +36,7 @@ JOBS = (
   "inspect",
   "select",
   "widen",
+  "users",
   "cache",
   "reference",
   "train",

@@ -79,6 +79,12 @@ def of_lists(lists: RankedLists) -> dict[str, str]:
   }
 
 
+def of_users(lists: RankedLists) -> str:
+  """Hashes whose the lists are: 16 hex digits."""
+  user = np.full(len(lists), -1) if lists.user is None else lists.user
+  return _of_names(lists.users[i] if i >= 0 else "" for i in user)
+
+
 def _of_names(names: Iterable[str]) -> str:
   digest = hashlib.sha256()
   for name in names:

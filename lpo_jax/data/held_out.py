@@ -1,8 +1,8 @@
-"""Lists that are never trained on: by their prompt, whatever else is there.
+"""Lists that are never trained on: by their prompt or their person.
 
-Which prompts they are of follows from the prompt and the seed alone. All lists of a
-prompt are on one side, whoever judged them; images that lists of several prompts share
-are not looked at.
+Which prompts and people they are of follows from their names and the seed alone. All
+lists of a prompt are on one side, whoever judged them, and all lists of a person,
+whatever they judged; images that lists of several prompts share are not looked at.
 """
 
 from __future__ import annotations
@@ -23,22 +23,31 @@ def is_held_out(prompt: str, share: float, seed: int) -> bool:
   return int.from_bytes(digest, "big") < share * 2**64
 
 
-def split(lists: RankedLists, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def is_held_out_person(user: str, share: float, seed: int) -> bool:
+  """Whether this share of all people has this one."""
+  return is_held_out(f"\0{user}", share, seed)
+
+
+def split(
+  lists: RankedLists, share: float, seed: int, people: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
   """Indices of the lists to train on, and of those held out, both ascending.
 
   Args:
     lists: of a cache.
     share: `data.held_out`, of the prompts.
     seed: of the run.
+    people: `data.held_out_users`, of the people; lists of nobody known are trained on.
 
   Raises:
-    UserError: the share is no share, or one of the two sides gets no list.
+    UserError: a share is no share, or one of the two sides gets no list.
   """
-  if not 0 <= share < 1:
-    raise UserError(
-      f"data.held_out={share}: expected a share of the prompts from 0 to below 1, such "
-      "as 0.05."
-    )
+  for key, value in {"held_out": share, "held_out_users": people}.items():
+    if not 0 <= value < 1:
+      raise UserError(
+        f"data.{key}={value}: expected a share of the "
+        f"{'prompts' if key == 'held_out' else 'people'} from 0 to below 1, such as 0.05."
+      )
   used = np.unique(lists.prompt)
   chosen = {int(p) for p in used if is_held_out(lists.prompts[int(p)], share, seed)}
   held = np.isin(lists.prompt, sorted(chosen))
@@ -48,7 +57,31 @@ def split(lists: RankedLists, share: float, seed: int) -> tuple[np.ndarray, np.n
       f"{'none to train on' if held.all() else 'none held out'}; expected a share that "
       "leaves some on both sides."
     )
+  if people:
+    held |= _of_held_people(lists, people, seed)
+    if held.all():
+      raise UserError(
+        f"data.held_out_users={people} leaves no list to train on; expected a smaller "
+        "share."
+      )
   return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _of_held_people(lists: RankedLists, share: float, seed: int) -> np.ndarray:
+  """[B] bool, the lists of people who are held out."""
+  if lists.user is None:
+    raise UserError(
+      f"data.held_out_users={share}, but no list says whose it is: expected 0, or "
+      "judgements with people's names and data.group_by='prompt_user'."
+    )
+  chosen = [is_held_out_person(user, share, seed) for user in lists.users]
+  held = np.append(np.array(chosen, bool), False)[lists.user]  # the last is for -1
+  if not held.any():
+    raise UserError(
+      f"data.held_out_users={share} of {len(lists.users)} people holds no list out; "
+      "expected a larger share."
+    )
+  return held
 
 
 def parts_of(parts: Sequence[Part], only: np.ndarray) -> tuple[Part, ...]:

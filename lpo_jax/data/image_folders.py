@@ -14,6 +14,7 @@ from typing import Any
 
 from lpo_jax.data import decoding
 from lpo_jax.errors import UserError
+from lpo_jax.types import Prompt
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 THREADS = 4
@@ -27,16 +28,24 @@ class Case:
   Attributes:
     index: its number: the prompt's number times the images per prompt, plus which.
     row: the prompt's number in the set.
-    prompt: the text.
+    asked: what it is drawn from.
     seed: of the initial noise.
-    category: of the prompt, "" for none.
   """
 
   index: int
   row: int
-  prompt: str
+  asked: Prompt
   seed: int
-  category: str = ""
+
+  @property
+  def prompt(self) -> str:
+    """The text."""
+    return self.asked.text
+
+  @property
+  def category(self) -> str:
+    """Of the prompt, "" for none."""
+    return self.asked.category
 
 
 @dataclasses.dataclass(frozen=True)

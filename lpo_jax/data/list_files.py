@@ -17,18 +17,20 @@ def write(
   ranks: Sequence[Sequence[int]],
   scores: Sequence[Sequence[float]] | None = None,
   models: Sequence[Sequence[str]] | None = None,
+  sources: Sequence[bytes] | None = None,
   more: Mapping[str, Sequence[Any]] | None = None,
 ) -> None:
   """Writes one parquet file, atomically: a file that is there is whole.
 
   Args:
     path: the file; its folder is made.
-    prompts: [B] texts.
+    prompts: [B] texts; of edits, the instructions.
     images: [B][n] encoded bytes, in any image format.
     image_uids: [B][n] names.
     ranks: [B][n] 0 best, equal = tie.
     scores: [B][n] higher is better.
     models: [B][n] generators.
+    sources: [B] the encoded images that the lists' images are edits of.
     more: further columns, for people; no reader of ours looks at them.
   """
   import pyarrow as pa
@@ -44,6 +46,8 @@ def write(
     columns["scores"] = pa.array(scores, pa.list_(pa.float64()))
   if models is not None:
     columns["models"] = pa.array(models, pa.list_(pa.string()))
+  if sources is not None:
+    columns["cond_image"] = pa.array(sources, pa.binary())
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(path.name + ".partial")

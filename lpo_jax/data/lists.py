@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lpo_jax.data import few_shot as few_shot_lib
 from lpo_jax.data import judgements as judgements_lib
 from lpo_jax.data import orders, reranking
 from lpo_jax.data.joining import STRATEGIES, Made
@@ -36,6 +37,7 @@ def build(
   weight: str = "uniform",
   tie_tolerance: float = 0.0,
   ranks: str = "given",
+  few_shot: int = 0,
 ) -> tuple[RankedLists, ListReport]:
   """Joins judgements into ranked lists of 2 to `max_size` images.
 
@@ -71,12 +73,14 @@ def build(
       Among the scores of a list each is compared with the best of the images it would
       tie with.
     ranks: "given", or the order to replace it by, see `reranking`.
+    few_shot: clear judgements of each person that no list may state, see `few_shot`.
 
   Returns:
     The lists (possibly none, see `refuse_empty`) and what became of every judgement.
 
   Raises:
-    UserError: an unknown choice, a strategy the source has nothing for, max_size < 2.
+    UserError: an unknown choice, a strategy the source has nothing for, max_size < 2,
+      few_shot of lists.
   """
   for kind, name, known in (
     ("group_by", group_by, GROUPS),
@@ -94,6 +98,8 @@ def build(
     )
   if not tie_tolerance >= 0:
     raise UserError(f"data.tie_tolerance is {tie_tolerance}; expected 0 or more.")
+  if few_shot:
+    source = _without_few_shot(source, few_shot)
   if isinstance(source, RankedLists):
     lists, report = _from_lists(source, strategy, max_size, tie_tolerance)
     return reranking.rerank(lists, ranks), report
@@ -110,6 +116,20 @@ def build(
   made = STRATEGIES[strategy](rows, max_size, tie_tolerance)
   lists, report = _finish(source, rows, made, strategy, weight)
   return reranking.rerank(lists, ranks), report
+
+
+def _without_few_shot(source: Judgements | RankedLists, count: int) -> Judgements:
+  """Leaves out what describes people.
+
+  Raises:
+    UserError: the source has no judgements of two images, or nobody's name.
+  """
+  if isinstance(source, RankedLists) or not (source.user >= 0).any() or count < 0:
+    raise UserError(
+      f"data.few_shot={count}: expected 0, or a number of judgements of two images by "
+      "people with names (user_id), and this source has none."
+    )
+  return few_shot_lib.without(source, few_shot_lib.choose(source, count).held)
 
 
 def _with_near_ties(source: Judgements, tolerance: float) -> Judgements:

@@ -130,6 +130,7 @@ def _joined(
 
   offsets = [each.offsets[1:] + start for each, start in zip(lists, items[:-1])]
   edits = lists[0].source_image is not None
+  users, user = _joined_users(lists)
   return dataclasses.replace(
     lists[0],
     prompt=join("prompt", prompt_starts),
@@ -140,9 +141,27 @@ def _joined(
     rank=join("rank"),
     score=join("score"),
     source_image=join("source_image", image_starts) if edits else None,
+    users=users,
+    user=user,
     prompts=[prompt for each in lists for prompt in each.prompts],
     image_uids=[uid for each in lists for uid in each.image_uids],
   )
+
+
+def _joined_users(
+  lists: Sequence[RankedLists],
+) -> tuple[list[str], np.ndarray | None]:
+  """Everybody's names, each once, and whose each list is."""
+  if all(each.user is None for each in lists):
+    return [], None
+  users = sorted({name for each in lists for name in each.users})
+  number = {name: i for i, name in enumerate(users)}
+  columns = []
+  for each in lists:
+    place = np.array([number[name] for name in each.users] + [-1], np.int32)
+    unknown = np.full(len(each), -1)
+    columns.append(place[unknown if each.user is None else each.user])
+  return users, np.concatenate(columns)
 
 
 def _refuse_unlike(names: Sequence[str], caches: Sequence[Cache]) -> None:

@@ -21,6 +21,7 @@ from lpo_jax.data.draws import Draws, Part
 from lpo_jax.data.held_out import parts_of
 from lpo_jax.data.packing import Packer, Plan, Progress
 from lpo_jax.data.references import References
+from lpo_jax.data.user_embeds import ListUsers
 from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.types import Batch, Conditioning, Ranking
 
@@ -58,6 +59,8 @@ class Batches:
     time_ids: str = "resolution",
     draws: int = 0,
     references: References | None = None,
+    users: ListUsers | None = None,
+    user_dropout: float = 0.0,
     only: np.ndarray | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -78,6 +81,8 @@ class Batches:
       draws: after so many epochs a list meets the same noise, timestep and views again;
         0: never.
       references: where the reference's errors are read; None if the step computes them.
+      users: whose the lists are; None where users are not told apart.
+      user_dropout: probability that a list is trained as nobody's.
       only: indices of the lists that are drawn from, ascending; None: all.
       process_index: this process.
       process_count: P; this process reads slots index * S/P and the S/P - 1 after it.
@@ -110,6 +115,11 @@ class Batches:
         f"data.source_dropout={source_dropout}, data.both_dropout={both_dropout}, but "
         f"the lists in {cache.folder} are no edits: expected 0."
       )
+    if not 0 <= user_dropout <= 1 or (user_dropout and users is None):
+      raise UserError(
+        f"data.user_dropout={user_dropout}: expected a probability between 0 and 1, and 0 "
+        "without data.user_embeds."
+      )
     if flip not in FLIPS:
       raise unknown_name("data.flip", flip, FLIPS)
     if FLIPS[flip] and not cache.has_mirrored:
@@ -123,6 +133,8 @@ class Batches:
       time_ids=time_ids,
       draws=draws,
       references=references,
+      users=users,
+      user_dropout=user_dropout,
       only=only,
       share=(process_index, process_count),
     )
@@ -213,12 +225,15 @@ class _Updates:
     time_ids,
     draws,
     references,
+    users,
+    user_dropout,
     only,
     share,
   ):
     lists = cache.lists
     self._repeat, self._references = draws, references
     self._cache, self._lists, self._seed = cache, lists, int(seed)
+    self._users, self._user_dropout = users, user_dropout
     self._coin = coin
     caption, source, both = dropout
     # Intervals of one coin, so that no list loses its prompt and its source by accident.
@@ -285,6 +300,7 @@ class _Updates:
     shown = np.zeros(slots, bool)
     identity = np.zeros((slots, 2), np.uint32)
     item = np.zeros(slots, np.uint32)
+    user = np.zeros(slots, np.int64)
     ref_err = np.zeros(slots, np.float32)
     slot = np.zeros((self._rows, self._longest), np.int32)
     rank = np.zeros((self._rows, self._longest), np.int32)
@@ -309,6 +325,10 @@ class _Updates:
       if lists.source_image is not None:
         source[here] = int(lists.source_image[index]) + mirrored
         shown[here] = not _in_any(coin, self._no_source)
+      # A coin of its own: who it is for says nothing of what is asked for.
+      name = f"user_dropout/{list_id}/{epoch}"
+      if self._users is not None and not self._happens(self._user_dropout, name):
+        user[here] = self._users.row[index]
       identity[here] = list_id, epoch
       if self._references is not None:
         ref_err[here] = self._references.of(epoch, items)
@@ -319,7 +339,7 @@ class _Updates:
       valid[row, :length] = True
       weight[row] = lists.weight[index]
       start += length
-    for column in (image, prompt, source, shown, identity, item):
+    for column in (image, prompt, source, shown, user, identity, item):
       column[start:] = column[0]  # an empty slot costs no read and holds sane numbers
     image, prompt = image[self._share], prompt[self._share]
     distinct, which = np.unique(image, return_inverse=True)
@@ -327,6 +347,9 @@ class _Updates:
     if lists.source_image is not None:
       latents = self._sources(source[self._share], shown[self._share])
       conditioning = dataclasses.replace(conditioning, source_latents=latents)
+    if self._users is not None:
+      embeds = self._users.table[user[self._share]]
+      conditioning = dataclasses.replace(conditioning, user_embeds=embeds)
     return Batch(
       moments=self._cache.moments(distinct)[which],
       conditioning=conditioning,
@@ -369,6 +392,7 @@ class _Updates:
       return jax.ShapeDtypeStruct(shape, dtype)
 
     pooled, edits = text["pooled"], self._lists.source_image is not None
+    users = self._users
     return Batch(
       moments=spec(slots, *shape),
       conditioning=Conditioning(
@@ -376,6 +400,7 @@ class _Updates:
         pooled_prompt_embeds=spec(slots, *pooled) if pooled else None,
         time_ids=spec(slots, 6) if pooled else None,
         source_latents=spec(slots, *shape[:-1], shape[-1] // 2) if edits else None,
+        user_embeds=spec(slots, *users.table.shape[1:]) if users is not None else None,
       ),
       identity=spec(slots, 2, dtype=np.uint32),
       item=spec(slots, dtype=np.uint32),

@@ -14,15 +14,27 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from lpo_jax.data.sources.pictures import inside
 from lpo_jax.errors import UserError, unknown_name
+from lpo_jax.types import Prompt
 
 COLUMNS = ("Prompt", "prompt", "Prompts", "prompts", "caption", "text")
+# The first that is there; what is of an edit counts only beside an image to edit.
 CATEGORY_COLUMNS = ("Category", "category", "style")
+USER_COLUMNS = ("user",)  # whom it is drawn for
+SOURCE_COLUMNS = (
+  *("cond_image", "source_image", "source_img", "input_image", "original_image"),
+)
+EDIT_COLUMNS: dict[str, tuple[str, ...]] = {
+  "text": ("instruction", "edit_prompt", "instruct_prompt", "edit", *COLUMNS),
+  "target": ("target_image", "target_img", "edited_image", "output_image"),
+  "source_caption": ("source_caption", "original_prompt", "input_caption", "input"),
+  "target_caption": ("target_caption", "edited_prompt", "output_caption", "output"),
+}
+PICTURES = ("source", "target")
 _NOT_WORDS = re.compile(r"[\W_]+")
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
-
-Row = tuple[str, str]  # a prompt and its category, "" where there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +42,10 @@ class PromptSet:
   """Prompts, and what is to be known of where they come from.
 
   Attributes:
-    texts: in the order of the source, repetitions included.
-    categories: one for each text; empty if the source has none.
+    rows: in the order of the source, repetitions included.
     source: the file or name they were asked for by.
     sha256: of the file's bytes; of texts that came as such, of these, joined by NUL; of
-      a set of several files, of their hashes, one a line.
+      a set of several files, or of a file that names images, of the hashes, one a line.
     pinned: whether these bytes are the ones that a hash or commit was written down for.
     blank: rows without a prompt, left out.
     repeated: texts that came before.
@@ -43,8 +54,7 @@ class PromptSet:
     surrogates: texts with half a character, replaced by U+FFFD.
   """
 
-  texts: tuple[str, ...]
-  categories: tuple[str, ...] = ()
+  rows: tuple[Prompt, ...]
   source: str = ""
   sha256: str = ""
   pinned: bool = False
@@ -53,12 +63,25 @@ class PromptSet:
   controls: int = 0
   surrogates: int = 0
 
+  @property
+  def texts(self) -> tuple[str, ...]:
+    """The prompts; of edits, the instructions."""
+    return tuple(row.text for row in self.rows)
+
+  @property
+  def categories(self) -> tuple[str, ...]:
+    """One for each prompt; empty if the source has none."""
+    found = tuple(row.category for row in self.rows)
+    return found if any(found) else ()
+
   def facts(self) -> dict[str, Any]:
     """All but the prompts themselves, as JSON."""
-    fields = dataclasses.asdict(self)
-    del fields["texts"], fields["categories"]
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    del fields["rows"]
     counted = dict(collections.Counter(self.categories))
-    return fields | {"prompts": len(self.texts), "categories": counted}
+    fields |= {"prompts": len(self.rows), "categories": counted}
+    edits = sum(bool(row.source) for row in self.rows)
+    return fields | ({"edits": edits} if edits else {})
 
 
 def normalise(prompt: str) -> str:
@@ -89,8 +112,10 @@ def load(source: str | os.PathLike | Sequence[str], *, sha256: str = "") -> Prom
 
   Formats by file name: .txt (one per line), .tsv and .csv (with a header), .json (a
   list of texts or objects), .jsonl, .parquet. Tables and objects are asked for one of
-  `COLUMNS`, the first one there, and for one of `CATEGORY_COLUMNS`. Blank prompts are
-  left out and counted; order and repetitions stay.
+  `COLUMNS`, the first one there, for one of `CATEGORY_COLUMNS` and for `USER_COLUMNS`;
+  those of edits for one of `SOURCE_COLUMNS` and for what `EDIT_COLUMNS` lists. A picture is its bytes, or
+  the name of a file beside this one. Blank prompts are left out and counted; order and
+  repetitions stay.
 
   Args:
     source: a file, the name of a published set (`published_prompts.SETS`), or the
@@ -107,7 +132,7 @@ def load(source: str | os.PathLike | Sequence[str], *, sha256: str = "") -> Prom
 
   if not isinstance(source, str | os.PathLike):
     texts = [str(prompt) for prompt in source]
-    rows, name, pinned = [(text, "") for text in texts], "given", False
+    rows, name, pinned = [Prompt(text) for text in texts], "given", False
     joined = "\0".join(texts).encode("utf-8", "surrogatepass")
     digest = hashlib.sha256(joined).hexdigest()
   else:
@@ -127,33 +152,40 @@ def load(source: str | os.PathLike | Sequence[str], *, sha256: str = "") -> Prom
   return found
 
 
-def _clean(rows: Sequence[Row], name: str, digest: str, pinned: bool) -> PromptSet:
+def _clean(rows: Sequence[Prompt], name: str, digest: str, pinned: bool) -> PromptSet:
   """Leaves out blank rows, mends half characters, counts what is odd."""
-  kept = [(text, category) for text, category in rows if text.strip()]
-  broken = sum(bool(_SURROGATES.search(text)) for text, _ in kept)
-  kept = [tuple(_SURROGATES.sub("\ufffd", part) for part in row) for row in kept]
-  texts = tuple(text for text, _ in kept)
-  categories = tuple(category for _, category in kept)
+  kept = [row for row in rows if row.text.strip()]
+  broken = sum(bool(_SURROGATES.search(row.text)) for row in kept)
+  kept = [_mended(row) for row in kept]
   return PromptSet(
-    texts,
-    categories if any(categories) else (),
+    tuple(kept),
     source=name,
     sha256=digest,
     pinned=pinned,
     blank=len(rows) - len(kept),
-    repeated=len(texts) - len(set(texts)),
-    controls=sum(bool(_CONTROLS.search(text)) for text in texts),
+    repeated=len(kept) - len({row.key for row in kept}),
+    controls=sum(bool(_CONTROLS.search(row.text)) for row in kept),
     surrogates=broken,
   )
 
 
-def _read_published(name: str) -> tuple[list[Row], str, bool]:
+def _mended(row: Prompt) -> Prompt:
+  """Replaces half characters in whatever of it is text."""
+  fields = ((f.name, getattr(row, f.name)) for f in dataclasses.fields(row))
+  texts = {name: value for name, value in fields if isinstance(value, str)}
+  whole = {name: _SURROGATES.sub("\ufffd", text) for name, text in texts.items()}
+  return dataclasses.replace(row, **whole)
+
+
+def _read_published(name: str) -> tuple[list[Prompt], str, bool]:
   from lpo_jax.data import published_prompts
 
   rows, hashes, pinned = [], [], True
   for file in published_prompts.fetch(name):
     own, digest = _read_file(file.path)
-    rows += [(text, file.category or category) for text, category in own]
+    rows += [
+      dataclasses.replace(row, category=file.category or row.category) for row in own
+    ]
     hashes.append(digest)
     pinned = pinned and file.pinned
   digest = hashes[0]
@@ -162,7 +194,7 @@ def _read_published(name: str) -> tuple[list[Row], str, bool]:
   return rows, digest, pinned
 
 
-def _read_file(path: Any) -> tuple[list[Row], str]:
+def _read_file(path: Any) -> tuple[list[Prompt], str]:
   from lpo_jax.data import published_prompts
 
   if not path.is_file():
@@ -179,39 +211,82 @@ def _read_file(path: Any) -> tuple[list[Row], str]:
     rows = _READERS[suffix](path, data)
   except (ValueError, OSError, csv.Error) as error:
     raise UserError(f"{path} cannot be read as {suffix}: {error}") from error
-  return rows, hashlib.sha256(data).hexdigest()
+  digest = hashlib.sha256(data).hexdigest()
+  named = {name: path.parent / name for row in rows for name in _files(row)}
+  if not named:
+    return rows, digest
+  found = {name: _picture(path, file) for name, file in named.items()}
+  hashes = [digest, *(hashlib.sha256(found[n]).hexdigest() for n in sorted(found))]
+  rows = [
+    dataclasses.replace(row, **{f: found.get(getattr(row, f), b"") for f in PICTURES})
+    for row in rows
+  ]
+  return rows, hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
-def _columns(path: Any, names: Iterable[str]) -> tuple[str, str | None]:
-  """The columns of the prompt and of its category."""
-  names = list(names)
-  found = next((name for name in COLUMNS if name in names), None)
-  if found is None:
+def _files(row: Prompt) -> list[str]:
+  """The files that a row as it was read names in place of pictures."""
+  cells = [getattr(row, field) for field in PICTURES]
+  return [cell for cell in cells if isinstance(cell, str) and cell]
+
+
+def _picture(path: Any, file: Any) -> bytes:
+  try:
+    return file.read_bytes()
+  except OSError as error:
     raise UserError(
-      f"{path} has the columns {names}, none of them one of {', '.join(COLUMNS)}. "
+      f"{path} names the picture {file}, which cannot be read ({error}); expected a file "
+      "beside it."
+    ) from None
+
+
+def _columns(path: Any, names: Iterable[str]) -> dict[str, str]:
+  """Field of `Prompt` -> its column, of those that are there."""
+  names = list(names)
+  wanted = {"text": COLUMNS, "category": CATEGORY_COLUMNS, "source": SOURCE_COLUMNS}
+  wanted |= {"user": USER_COLUMNS}
+  if any(name in names for name in SOURCE_COLUMNS):
+    wanted |= EDIT_COLUMNS
+  found = {
+    field: next((name for name in columns if name in names), None)
+    for field, columns in wanted.items()
+  }
+  if found["text"] is None:
+    raise UserError(
+      f"{path} has the columns {names}, none of them one of {', '.join(wanted['text'])}. "
       "Rename the one that holds the prompts."
     )
-  return found, next((name for name in CATEGORY_COLUMNS if name in names), None)
+  return {field: column for field, column in found.items() if column is not None}
 
 
-def _row(value: Mapping[str, Any], prompt: str, category: str | None) -> Row:
-  """One row of a table; what is missing is blank."""
-  cells = [value.get(prompt), value.get(category) if category else None]
-  return tuple("" if cell is None else str(cell) for cell in cells)
+def _row(path: Any, value: Mapping[str, Any], columns: Mapping[str, str]) -> Prompt:
+  """One row of a table; what is missing is blank. Pictures may still be names of files."""
+  cells: dict[str, Any] = {}
+  for field, column in columns.items():
+    cell = value.get(column)
+    if field not in PICTURES:
+      cells[field] = "" if cell is None else str(cell)
+      continue
+    if isinstance(cell, Mapping):  # a Hugging Face image
+      cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, str) and cell:
+      cell = inside(cell, f"{path}, column {column}")
+    cells[field] = cell or b""
+  return Prompt(**cells)
 
 
-def _objects(path: Any, values: Any) -> list[Row]:
+def _objects(path: Any, values: Any) -> list[Prompt]:
   """Takes the prompts out of parsed JSON."""
   if isinstance(values, dict):
     values = list(values.values())
   if not isinstance(values, list):
     raise UserError(f"{path} holds {type(values).__name__}, not a list of prompts.")
-  rows = []
+  rows: list[Prompt] = []
   for number, value in enumerate(values):
     if isinstance(value, dict):
-      rows.append(_row(value, *_columns(path, value)))
+      rows.append(_row(path, value, _columns(path, value)))
     elif isinstance(value, str):
-      rows.append((value, ""))
+      rows.append(Prompt(value))
     else:
       raise UserError(
         f"{path}: entry {number} is {type(value).__name__}; expected a text, or an "
@@ -225,27 +300,27 @@ def _lines(data: bytes) -> list[str]:
   return data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
 
 
-def _separated(path: Any, data: bytes, delimiter: str) -> list[Row]:
+def _separated(path: Any, data: bytes, delimiter: str) -> list[Prompt]:
   # A quote within a tab separated prompt is just a quote.
   quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
   file = io.StringIO(data.decode("utf-8-sig"), newline="")
   rows = csv.DictReader(file, delimiter=delimiter, quoting=quoting)
   columns = _columns(path, rows.fieldnames or [])
-  return [_row(row, *columns) for row in rows]
+  return [_row(path, row, columns) for row in rows]
 
 
-def _parquet(path: Any, data: bytes) -> list[Row]:
+def _parquet(path: Any, data: bytes) -> list[Prompt]:
   import pyarrow as pa
   from pyarrow import parquet
 
   table = parquet.ParquetFile(pa.BufferReader(data))
   columns = _columns(path, table.schema_arrow.names)
-  wanted = [column for column in columns if column]
-  return [_row(row, *columns) for row in table.read(columns=wanted).to_pylist()]
+  wanted = list(columns.values())
+  return [_row(path, row, columns) for row in table.read(columns=wanted).to_pylist()]
 
 
-_READERS: dict[str, Callable[[Any, bytes], list[Row]]] = {
-  ".txt": lambda path, data: [(line, "") for line in _lines(data)[: _end(data)]],
+_READERS: dict[str, Callable[[Any, bytes], list[Prompt]]] = {
+  ".txt": lambda path, data: [Prompt(line) for line in _lines(data)[: _end(data)]],
   ".tsv": lambda path, data: _separated(path, data, "\t"),
   ".csv": lambda path, data: _separated(path, data, ","),
   ".json": lambda path, data: _objects(path, json.loads(data.decode("utf-8-sig"))),

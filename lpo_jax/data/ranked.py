@@ -89,6 +89,7 @@ class ListReport:
       round, or level.
     split_apart: wins between images of one ranking that was too long for one list.
     single_image: in a list of one image.
+    few_shot: kept out to describe the person, see `few_shot`.
     ties: labelled ties, whatever became of them.
     repeated: judgements beyond the first of the same two images for the same prompt.
     cycle_cuts: pairs cut to open circles of preferences.
@@ -119,6 +120,7 @@ class ListReport:
   against_scores: int = 0
   split_apart: int = 0
   single_image: int = 0
+  few_shot: int = 0
   ties: int = 0
   repeated: int = 0
   cycle_cuts: int = 0
@@ -160,6 +162,7 @@ DROP_REASONS = (
   "against_scores",
   "split_apart",
   "single_image",
+  "few_shot",
 )
 
 

@@ -22,10 +22,10 @@ from lpo_jax.types import Params
 def make_tuning(
   config: ml_collections.ConfigDict, model: models.Model
 ) -> tuning.Tuning:
-  """What `model.lora` trains: factors, or, without a rank, all weights.
+  """What is trained: the factors of `model.lora`, or without a rank what `train` says.
 
   Raises:
-    UserError: a rank below 0, targets that choose nothing, or an unknown init.
+    UserError: a rank below 0, targets or rules that choose nothing, an unknown init.
   """
   wanted = config.model.lora
   if wanted.path:
@@ -36,7 +36,7 @@ def make_tuning(
       f"model.lora.rank={wanted.rank}: expected 0 (all weights are trained) or more."
     )
   if not wanted.rank:
-    return tuning.whole(model)
+    return tuning.chosen(model, config.train.trainable)
   if wanted.init not in lora.INITS:
     raise unknown_name("model.lora.init", wanted.init, lora.INITS)
   shapes = model.abstract_params

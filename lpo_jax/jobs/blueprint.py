@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from lpo_jax import models, objectives, parallel, pretrained
-from lpo_jax.data import held_out
+from lpo_jax import console, models, objectives, parallel, pretrained
+from lpo_jax.data import held_out, user_embeds
 from lpo_jax.data.pipeline import Batches
 from lpo_jax.data.references import References
+from lpo_jax.data.user_embeds import ListUsers
 from lpo_jax.diffusion import noising, schedule, weighting
 from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.jobs import adapters, watchdog
@@ -142,7 +143,7 @@ def make_blueprint(
     parameters=how.parameters,
     reference=how.reference,
     offload=how.offload,
-    is_base=bool(tuning.layout),
+    is_base=tuning.has_base,
   )
   like = state_lib.placement(
     mesh,
@@ -156,11 +157,11 @@ def make_blueprint(
   method = dataclasses.replace(
     method,
     weights=places_lib.in_use(
-      tuning.weights, model, places.frozen if tuning.layout else places.params
+      tuning.weights, model, places.frozen if tuning.has_base else places.params
     ),
     fetch=lambda tree: places_lib.to_device(tree, places.frozen),
   )
-  shardings = split if tuning.layout else places.params
+  shardings = split if tuning.has_base else places.params
   return Blueprint(model, method, tuning, optimizer, shardings, like, places)
 
 
@@ -178,8 +179,8 @@ def make_batches(
   """
   data = config.data
   only = None
-  if data.held_out:
-    only, _ = held_out.split(cache.lists, data.held_out, config.seed)
+  if data.held_out or data.held_out_users:
+    only, _ = split_lists(config, cache)
   return Batches(
     cache,
     only=only,
@@ -192,9 +193,35 @@ def make_batches(
     time_ids=data.time_ids,
     draws=data.draws,
     references=references,
+    users=list_users(config, cache),
+    user_dropout=data.user_dropout,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
+
+
+def split_lists(
+  config: ml_collections.ConfigDict, cache: Any
+) -> tuple[np.ndarray, np.ndarray]:
+  """The lists that are trained on, and those that `data` holds out."""
+  data = config.data
+  return held_out.split(cache.lists, data.held_out, config.seed, data.held_out_users)
+
+
+def list_users(config: ml_collections.ConfigDict, cache: Any) -> ListUsers | None:
+  """Whose the lists are, and how many are nobody's; None without data.user_embeds."""
+  data = config.data
+  if data.user_embeds is None:
+    return None
+  embeds = user_embeds.read(data.user_embeds)
+  found, lost = user_embeds.join(embeds, cache.lists, data.user_missing)
+  if lost["lists"]:
+    console.say(
+      f"{lost['lists']} of {len(cache.lists)} lists are trained as nobody's: "
+      f"{lost['people']} people have no embedding in {embeds.source}, and "
+      f"{lost['unknown']} lists are of nobody known"
+    )
+  return found
 
 
 def make_held_out(
@@ -211,7 +238,7 @@ def make_held_out(
   count = config.eval.held_out
   if not (count and config.eval.every):
     return None
-  _, held = held_out.split(cache.lists, config.data.held_out, config.seed)
+  _, held = split_lists(config, cache)
   order = np.argsort(cache.lists.list_id[held], kind="stable")
   chosen = np.sort(held[order[:count]])
 
@@ -222,6 +249,7 @@ def make_held_out(
       images_per_update=config.train.images_per_update,
       seed=config.seed,
       time_ids=config.data.time_ids,
+      users=list_users(config, cache),
       process_index=jax.process_index(),
       process_count=jax.process_count(),
       prefetch=1,
@@ -239,8 +267,9 @@ def _check_held_out(config: ml_collections.ConfigDict) -> None:
   if not config.eval.held_out:
     return
   needs = objectives.get(**config.objective).needs
+  data = config.data
   why = {
-    "data.held_out=0 leaves no list out": not config.data.held_out,
+    "data.held_out=0 leaves no list out": not (data.held_out or data.held_out_users),
     f"objective.name={config.objective.name!r} has no reference": not needs
     & {"ref_err", "drift"},
     "`online` has samples of the policy in its lists": bool(config.online),
@@ -253,6 +282,20 @@ def _check_held_out(config: ml_collections.ConfigDict) -> None:
         f"eval.held_out={config.eval.held_out} asks for the implicit accuracy on lists "
         f"never trained on, but {reason}: expected eval.held_out=0, or that changed."
       )
+
+
+def _check_users(config: ml_collections.ConfigDict) -> None:
+  """Refuses embeddings of people for a UNet that cannot be told of them."""
+  if config.data.user_embeds is None:
+    return
+  width = pretrained.read_config(config.model.path, "unet").get("user_dim")
+  found = user_embeds.read(config.data.user_embeds).values.shape[-1]
+  if found != width:
+    raise UserError(
+      f"data.user_embeds={config.data.user_embeds!r} has embeddings of width {found}, and "
+      f"the UNet in {config.model.path} takes {width or 'no users'}. Make one that takes "
+      f"them: --job widen --config.widen.kind=users --config.widen.user_dim={found}."
+    )
 
 
 def check_reference(config: ml_collections.ConfigDict) -> None:
@@ -341,6 +384,7 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     )
   if config.data.reference is not None:
     check_reference(config)
+  _check_users(config)
   guard.check_policies(config.train)
   alarms.check_policies(config)
   _check_held_out(config)

@@ -21,7 +21,10 @@ LIST_SETTINGS = {
   "weight": "weight",
   "tie_tolerance": "tie_tolerance",
   "ranks": "ranks",
+  "few_shot": "few_shot",
 }
+# Settings that are only named where they are on: lists from before them keep their key.
+OFF = {"few_shot": 0}
 # What sources of a mixture may differ in, besides their share.
 SOURCE_KEYS = (
   *("path", "source", "split", "images", "cache", "max_bad_images"),
@@ -85,7 +88,8 @@ def places(config: Any, workdir: str | os.PathLike) -> list[Place]:
 
 def list_settings(config: Any) -> dict[str, Any]:
   """The settings that lists depend on, and records do not."""
-  return {name: config.data[name] for name in LIST_SETTINGS if name in config.data}
+  found = {name: config.data[name] for name in LIST_SETTINGS if name in config.data}
+  return {name: x for name, x in found.items() if name not in OFF or x != OFF[name]}
 
 
 def expectation(config: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lpo_jax import parallel, pretrained, trees
 from lpo_jax.data import image_folders
 from lpo_jax.errors import UserError, nearest, unknown_name
 from lpo_jax.jobs import adapters, blueprint, run_identity
+from lpo_jax.pretrained import ip_adapter
 from lpo_jax.pretrained import lora as lora_files
 
 TENSORBOARD = "tensorboard"  # beside the candidates' folders
@@ -190,8 +191,12 @@ def _load_lora(location: str, mesh: jax.sharding.Mesh, base_folder: str):
 
 def _load_pipeline(location: str, mesh: jax.sharding.Mesh, base_folder: str):
   part = pretrained.load(location, "unet")
-  shardings = parallel.param_shardings(part.params, mesh)
   identity = pretrained.fingerprint(location, "unet")
+  adapter = pathlib.Path(location) / ip_adapter.FILE_NAME
+  if adapter.is_file():  # our export of a UNet that knows users
+    part = ip_adapter.attach(part, adapter)
+    identity += f"+{ip_adapter.fingerprint(adapter)}"
+  shardings = parallel.param_shardings(part.params, mesh)
   return parallel.put(part.params, shardings), identity
 
 

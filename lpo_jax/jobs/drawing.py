@@ -19,8 +19,10 @@ from jax.experimental import multihost_utils
 from lpo_jax import console, parallel
 from lpo_jax.data import decoding
 from lpo_jax.data.image_folders import Case
+from lpo_jax.data.user_embeds import UserEmbeds
 from lpo_jax.errors import StoppedEarly, UserError
 from lpo_jax.generation import Generator
+from lpo_jax.jobs import sampling
 from lpo_jax.jobs.stops import StopRequests
 from lpo_jax.types import Params
 
@@ -109,6 +111,7 @@ def draw(
   label: str,
   settings: dict[str, Any],
   stop: StopRequests,
+  people: UserEmbeds | None = None,
 ) -> ImageFiles:
   """Draws the images that are not there yet.
 
@@ -121,6 +124,7 @@ def draw(
     label: what the progress calls it.
     settings: all that decides the pixels, as JSON.
     stop: asked between two batches.
+    people: see `sampling.draw`.
 
   Raises:
     StoppedEarly: it was asked to; what is drawn stays.
@@ -134,26 +138,33 @@ def draw(
   progress = console.Progress(f"drawing {label}", total, "images", start=done)
   began, timed, writing = time.monotonic(), 0, []
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-    for count, start in enumerate(range(0, len(todo), generator.batch_size)):
+    # The same for several cases, such as of people whom the model is not told of: once.
+    alike: dict[tuple, list[int]] = {}
+    for i in todo:
+      alike.setdefault((cases[i].asked.key, cases[i].seed), []).append(i)
+    groups = list(alike.values())
+    for count, start in enumerate(range(0, len(groups), generator.batch_size)):
       reason = stop.reason(count)
       if reason:
         break
-      rows = todo[start : start + generator.batch_size]
-      prompts, seeds = [cases[i].prompt for i in rows], [cases[i].seed for i in rows]
-      drawn = generator(params, prompts, seeds)
+      batch = groups[start : start + generator.batch_size]
+      rows = [group[0] for group in batch]
+      asked, seeds = [cases[i].asked for i in rows], [cases[i].seed for i in rows]
+      drawn = sampling.draw(generator, params, asked, seeds, people=people)
       # Encoding PNGs can take as long as drawing: the last batch's beside this one.
       _finish(writing)
       if parallel.is_main_process():
         writing = [
           pool.submit(_write_png, paths[i], image)
-          for i, image in zip(rows, drawn, strict=True)
+          for group, image in zip(batch, drawn, strict=True)
+          for i in group
         ]
       if count == 0:
         _finish(writing)
         began = time.monotonic()
       else:
         timed += len(rows)
-      done += len(rows)
+      done += sum(map(len, batch))
       progress.update(done)
     _finish(writing)
   if todo:

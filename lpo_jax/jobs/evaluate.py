@@ -15,12 +15,12 @@ import ml_collections
 import numpy as np
 
 from lpo_jax import console, parallel
-from lpo_jax.data import image_folders
+from lpo_jax.data import image_folders, records
 from lpo_jax.data import prompts as prompt_sets
 from lpo_jax.data.image_folders import Case, Matched
 from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.jobs import candidates as candidate_kinds
-from lpo_jax.jobs import drawing, evaluation_files, sampling
+from lpo_jax.jobs import drawing, evaluation_files, evaluation_people, sampling
 from lpo_jax.jobs.drawing import ImageFiles
 from lpo_jax.jobs.stops import StopRequests
 from lpo_jax.scoring import protocols, scorers, typeset, win_rate
@@ -32,8 +32,8 @@ DRAWING_KEYS = (
 )
 MISSING = ("refuse", "leave_out")  # what to do about images that a folder lacks
 SCORED_AT_ONCE = 64
-# What a scorer is told of an image besides its pixels and prompt: the keyword of its call,
-# and (candidate, case, file) -> one image's.
+# What every scorer is told besides what it asks the prompt set for (`sampling.told`): the
+# field of `Told`, and (candidate, case, file) -> one image's.
 INPUTS: dict[str, Callable[[str, Case, pathlib.Path], Any]] = {
   "seeds": lambda name, case, file: case.seed,
   "names": lambda name, case, file: f"{name}/{file.name}",
@@ -49,16 +49,20 @@ class Evaluation:
   Attributes:
     prompts: [n] texts.
     seeds: [n] ints.
+    cases: [n] what was drawn: the prompts, the seeds, and what else was asked.
     images: candidate -> n images, read when asked for.
     scores: candidate -> scorer -> [n].
     rows: of summary.json.
+    people: the same with people as units, of all and of each category; of people.json.
   """
 
   prompts: list[str]
   seeds: list[int]
+  cases: Sequence[Case]
   images: Mapping[str, ImageFiles]
   scores: Scores
   rows: list[dict[str, Any]]
+  people: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Evaluation:
@@ -76,11 +80,12 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Evaluation:
   """
   workdir, ev = pathlib.Path(workdir), config.eval
   names = check(config, workdir)
-  mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+  mesh = parallel.mesh_of(config.mesh)
   judges = scorers.chosen(ev.scorers, ev.scorer_paths, mesh=mesh)
-  descriptions = {judge.name: judge.description() for judge in judges}
   found = prompt_sets.load(ev.prompts, sha256=ev.prompts_sha256)
   report_prompts(found)
+  sampling.refuse_unmet(judges, found.rows)
+  descriptions = {judge.name: judge.description() for judge in judges}
   every_case = make_cases(found, ev.seeds, ev.first_seed)
   cases, folders = match_folders(names, every_case, ev.missing)
 
@@ -89,7 +94,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Evaluation:
   pairs = comparisons(list(names), ev.baseline)
   lower = {name for name, said in descriptions.items() if not said["higher_is_better"]}
   rows = compare(config, scores, pairs, cases, lower)
-  rows = [stamp(row, config, found.source, descriptions, weights) for row in rows]
+  people = evaluation_people.compare(scores, pairs, cases, lower)
+  of_edits = sampling.decided_by(config, [case.asked for case in cases])
+  rows = [
+    stamp(row, config, found.source, descriptions, weights) | of_edits for row in rows
+  ]
   if parallel.is_main_process():
     evaluation_files.write(
       workdir,
@@ -110,8 +119,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Evaluation:
       ),
     )
     console.say(typeset.markdown_table(rows, typeset.brief(rows)))
+    if people:
+      records.write_json(workdir / "evaluation" / "people.json", people)
   prompts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
-  return Evaluation(prompts, seeds, images, scores, rows)
+  return Evaluation(prompts, seeds, cases, images, scores, rows, people)
 
 
 def check(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, str]:
@@ -154,6 +165,7 @@ def check(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
   given = {name: str(location) for name, location in ev.candidates.items()}
   given = given or {"base": config.model.path, config.objective.name: str(workdir)}
   candidate_kinds.check(given, ev.baseline, config.model.path)
+  evaluation_people.check(ev.told, given)
   return {ev.baseline: given[ev.baseline]} | given
 
 
@@ -178,16 +190,13 @@ def make_cases(found: prompt_sets.PromptSet, seeds: int, first_seed: int) -> lis
   """Every prompt with its seeds; a prompt that comes again gets the next ones.
 
   The initial noise is a function of prompt and seed: the same seeds would give the same
-  images again.
+  images again. Different people are drawn the same prompts from the same seeds.
   """
   cases, before = [], collections.Counter()
-  for row, text in enumerate(found.texts):
-    start = first_seed + seeds * before[text]
-    before[text] += 1
-    category = found.categories[row] if found.categories else ""
-    cases += [
-      Case(row * seeds + s, row, text, start + s, category) for s in range(seeds)
-    ]
+  for row, asked in enumerate(found.rows):
+    start = first_seed + seeds * before[asked.text, asked.user]
+    before[asked.text, asked.user] += 1
+    cases += [Case(row * seeds + s, row, asked, start + s) for s in range(seeds)]
   return cases
 
 
@@ -244,6 +253,7 @@ def obtain(
   pairs = json.dumps([[case.prompt, case.seed] for case in every_case])
   settings = {key: config.eval[key] for key in DRAWING_KEYS}
   settings["prompts"] = hashlib.sha256(pairs.encode()).hexdigest()[:16]
+  people = sampling.people_of(config)
   images, weights, generator = {}, {}, None
   with StopRequests(workdir, max_minutes=0, began=time.monotonic()) as stop:
     for name, location in names.items():
@@ -261,9 +271,13 @@ def obtain(
         params, generator.unet.abstract_params, location
       )
       folder = workdir / "evaluation" / candidate_kinds.folder_name(name)
+      how = config.eval.told.get(name, "own")
+      told = evaluation_people.as_told(how, every_case)
+      decided = sampling.decided_by(config, [case.asked for case in told])
       drawn = drawing.draw(
-        generator, params, folder, cases, label=name, stop=stop,
-        settings=settings | {"weights": weights[name]},
+        generator, params, folder, [told[case.index] for case in cases], label=name,
+        settings=settings | decided | {"weights": weights[name]},
+        stop=stop, people=people,
       )  # fmt: skip
       images[name] = drawn
       del params  # before the next candidate's
@@ -291,7 +305,9 @@ def score(
           key: [of(name, cases[i], files.paths[i]) for i in places]
           for key, of in INPUTS.items()
         }
-        values[places] = judge(pixels, [cases[i].prompt for i in places], **inputs)
+        asked = [cases[i].asked for i in places]
+        inputs |= sampling.told(judge, asked, min(pixels.shape[1:3]))
+        values[places] = judge(pixels, [row.text for row in asked], **inputs)
         done += len(places)
         progress.update(done)
     judge.release()
@@ -319,7 +335,7 @@ def compare(
   """All comparisons under all protocols, their sign tests corrected as one family."""
   ev, rows = config.eval, []
   numbers = [case.row for case in cases]
-  texts = {case.row: case.prompt for case in cases}
+  keys = {case.row: case.asked.key for case in cases}
   for name in ev.protocols:
     chosen = protocols.get(name)(scores, numbers, ev.median_by)
     seeds = None
@@ -328,7 +344,7 @@ def compare(
     made = win_rate.rows(
       chosen.scores,
       pairs,
-      [texts[number] for number in chosen.prompt],
+      [keys[number] for number in chosen.prompt],
       seeds=seeds,
       lower_is_better=lower_is_better,
     )
@@ -356,7 +372,7 @@ def compare_categories(
     made = win_rate.rows(
       within,
       pairs,
-      [case.prompt for case in own],
+      [case.asked.key for case in own],
       seeds=[case.seed for case in own],
       lower_is_better=lower_is_better,
     )

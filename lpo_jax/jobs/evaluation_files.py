@@ -8,7 +8,7 @@ import json
 import pathlib
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -106,6 +106,7 @@ def about(
   drawn |= {"sigmas": ev.sigmas, "images_per_prompt": ev.seeds}
   drawn |= {"first_seed": ev.first_seed, "dtype": str(config.model.dtype)}
   drawn["pipeline"] = sampling.pipeline_identity(config)
+  drawn |= sampling.decided_by(config, [case.asked for case in results.cases])
   drawn["seeds"] = (
     "first_seed onwards, the same for all candidates; a prompt that comes again gets the "
     "next ones; the initial noise is a function of prompt and seed"
@@ -239,7 +240,7 @@ def markdown(account: Mapping[str, Any]) -> str:
     f"({show(facts['source'])}, sha256 {facts['sha256']}"
     f"{'' if facts['pinned'] else ', not pinned'}), {drawn['images_per_prompt']} each from "
     f"seed {drawn['first_seed']} on; {drawn['sampler']}, {drawn['steps']} steps, guidance "
-    f"{drawn['guidance_scale']}, {drawn['dtype']}. {account['left_out']} images were left "
+    f"{_guidance(drawn)}, {drawn['dtype']}. {account['left_out']} images were left "
     "out for all.",
     "\n".join(
       f"- {show(name)}: {show(said)}" for name, said in account["protocols"].items()
@@ -267,12 +268,16 @@ def markdown(account: Mapping[str, Any]) -> str:
   return "\n\n".join(parts) + "\n"
 
 
+def _guidance(drawn: Mapping[str, Any]) -> str:
+  """By the text, and of edits by the image too."""
+  image = drawn.get("image_guidance_scale")
+  return f"{drawn['guidance_scale']}{'' if image is None else f' (image {image})'}"
+
+
 def tex(account: Mapping[str, Any]) -> str:
   """The comparisons and scores as lines of LaTeX tabulars."""
   drawn = account["drawing"]
-  how = (
-    f"{drawn['sampler']}, {drawn['steps']} steps, guidance {drawn['guidance_scale']}"
-  )
+  how = f"{drawn['sampler']}, {drawn['steps']} steps, guidance {_guidance(drawn)}"
   parts = [
     f"% {typeset.latex(how)}; sign tests corrected: {account['statistics']['correction']}",
     typeset.latex_rows(account["rows"]),
@@ -292,14 +297,15 @@ def write_gallery(
     path,
     gallery.Gallery(
       title="Same prompt, same seed",
-      lead=f"{len(results.locations)} candidates, {len(cases)} images each; every image of "
+      lead=f"{len(results.locations)} candidates, {len(cases)} images each; "
+      f"{'left of each edit its source; ' if cases[0].asked.source else ''}every image of "
       f"a row starts from the same noise. The first column is the baseline, "
       f"{ev.baseline}; in brackets the difference to it.",
       candidates=list(results.locations),
       prompts=[case.prompt for case in cases],
       seeds=[case.seed for case in cases],
       images={name: files.paths for name, files in results.images.items()},
-      read=drawing.read,
+      read=_shown(results),
       scores=results.scores,
       lower_is_better=results.lower_is_better,
       categories=[case.category for case in cases] if has_categories else (),
@@ -307,7 +313,10 @@ def write_gallery(
         "prompt set": results.prompts.source,
         "sampler": ev.sampler,
         "steps": ev.steps,
-        "guidance": ev.guidance_scale,
+        "guidance": _guidance(
+          {"guidance_scale": ev.guidance_scale}
+          | sampling.decided_by(config, [case.asked for case in cases])
+        ),
         **{f"weights of {name}": said for name, said in results.weights.items()},
         **{
           f"scorer {name}": f"version {said['version']}; {said['scale']}; "
@@ -318,6 +327,26 @@ def write_gallery(
     ),
     max_bytes=int(ev.gallery_mb * MEGABYTE),
   )
+
+
+def _shown(results: Results) -> Callable[[pathlib.Path], np.ndarray]:
+  """How the gallery reads an image: an edit beside its source."""
+  if not results.cases[0].asked.source:
+    return drawing.read
+  asked = {
+    path: case.asked
+    for files in results.images.values()
+    for path, case in zip(files.paths, results.cases, strict=True)
+  }
+
+  def read(path: pathlib.Path) -> np.ndarray:
+    edit = drawing.read(path)
+    source = sampling.picture(asked[path], min(edit.shape[:2]))
+    if source.shape[0] != edit.shape[0]:
+      return edit
+    return np.concatenate([source, edit], axis=1)
+
+  return read
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:

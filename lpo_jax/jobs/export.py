@@ -17,9 +17,9 @@ import numpy as np
 from lpo_jax import console, parallel, pretrained, trees
 from lpo_jax.errors import UserError, unknown_name
 from lpo_jax.jobs import adapters, blueprint, model_card
-from lpo_jax.models import lora
+from lpo_jax.models import lora, users
+from lpo_jax.pretrained import ip_adapter, publishing
 from lpo_jax.pretrained import lora as lora_files
-from lpo_jax.pretrained import publishing
 
 # Largest difference to diffusers' own UNet, of the output's norm: fp32 on both sides.
 TOLERANCE = 1e-4
@@ -45,7 +45,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   if config.export.push_to:
     publishing.check_id(config.export.push_to)
   model_card.evaluation_folder(config, workdir)  # refused before hours of writing
-  mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+  mesh = parallel.mesh_of(config.mesh)
   done = KINDS[kind](config, workdir, mesh)
   if parallel.is_main_process():
     _describe_and_push(config, workdir, done)
@@ -58,7 +58,7 @@ def _describe_and_push(
 ) -> None:
   """Writes the model card, and pushes it with what it is about to `export.push_to`."""
   path = pathlib.Path(done["path"])
-  in_file = config.export.kind == "lora"
+  in_file = config.export.kind in ("lora", "ip_adapter")
   exported = model_card.Exported(
     folder=path.parent if in_file else path,
     kind="pipeline" if config.export.kind == "merged" else config.export.kind,
@@ -106,8 +106,9 @@ def export_pipeline(
   """Writes a whole pipeline with the trained UNet, factors merged."""
   part, step = _trained(config, workdir, mesh)
   target = _clear(config, workdir)
-  parts = {"unet": part, **widened_text_encoders(config.model.path)}
+  parts = {"unet": _plain(part), **widened_text_encoders(config.model.path)}
   pretrained.save_pipeline(config.model.path, target, parts)
+  _write_adapter(target, part)
   return _done(target, step, compare(target, part))
 
 
@@ -117,7 +118,8 @@ def export_unet(
   """Writes the trained UNet alone, factors merged."""
   part, step = _trained(config, workdir, mesh)
   target = _clear(config, workdir)
-  pretrained.save(target, part)
+  pretrained.save(target, _plain(part))
+  _write_adapter(target, part)
   return _done(target, step, compare(target, part))
 
 
@@ -132,11 +134,42 @@ def export_lora(
     adapter = lora.Adapter(trainable, plan.tuning.layout)
     file = adapters.write(config, target, adapter, step)
   else:
-    found = adapters.extract(config, base.params, trainable)
+    if base.config.get("user_dim"):
+      raise UserError(
+        "export.kind='lora': factors of what training changed cannot say what a UNet has "
+        "for its users. Expected export.kind='pipeline', or 'ip_adapter' where nothing "
+        "else was trained."
+      )
+    params = plan.tuning.publish(trainable, lambda: base.params)
+    found = adapters.extract(config, base.params, params)
     adapter = found.adapter
     file = adapters.write(config, target, adapter, step)
     adapters.write_kept(target, found)
   checked = compare_lora(file, adapter, base, config.model.path, config.export.dtype)
+  return _done(file, step, checked)
+
+
+def export_ip_adapter(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+  """Writes what the trained UNet has for its users, for the base that it is trained on."""
+  part, step = _trained(config, workdir, mesh)
+  base = pretrained.load(config.model.path, "unet")
+  wanted = trees.named_leaves(parallel.fetch(part.params))
+  moved = [
+    name
+    for name, leaf in trees.named_leaves(base.params).items()
+    if not (users.is_adapter(name) or np.array_equal(leaf, wanted[name]))
+  ]
+  if moved:
+    raise UserError(
+      f"export.kind='ip_adapter': training also moved {len(moved)} parameters that are no "
+      f"adapter's (first {moved[0]!r}), and the base would not be what people are "
+      "conditioned on. Expected export.kind='pipeline', which writes both."
+    )
+  target = pathlib.Path(config.export.path or workdir / "ip_adapter")
+  file = _write_adapter(target, part)
+  checked = compare_adapter(file, ip_adapter.detach(base), part, config.model.path)
   return _done(file, step, checked)
 
 
@@ -145,7 +178,20 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
   "merged": export_pipeline,
   "unet": export_unet,
   "lora": export_lora,
+  "ip_adapter": export_ip_adapter,
 }
+
+
+def _plain(part: pretrained.Part) -> pretrained.Part:
+  """The UNet as diffusers knows it; what it has for its users goes into a file."""
+  return ip_adapter.detach(part) if part.config.get("user_dim") else part
+
+
+def _write_adapter(target: pathlib.Path, part: pretrained.Part) -> pathlib.Path | None:
+  """Writes that file, of a UNet that knows users."""
+  if not part.config.get("user_dim"):
+    return None
+  return ip_adapter.save(target / ip_adapter.FILE_NAME, part.model, part.params)
 
 
 def widened_text_encoders(path: str) -> dict[str, pretrained.Part]:
@@ -182,6 +228,15 @@ def compare(target: pathlib.Path, part: pretrained.Part) -> str:
     UserError: a tensor or a prediction differs.
   """
   back = pretrained.load(target, "unet")
+  if part.config.get("user_dim"):
+    return compare_adapter(target / ip_adapter.FILE_NAME, back, part, target)
+  said = _compare_tensors(target, back, part)
+  return f"{said}; {ask_diffusers(back, lambda: load_diffusers(target), str(target))}"
+
+
+def _compare_tensors(
+  target: pathlib.Path, back: pretrained.Part, part: pretrained.Part
+) -> str:
   wanted = trees.named_leaves(parallel.fetch(part.params))
   for name, leaf in trees.named_leaves(parallel.fetch(back.params)).items():
     if not np.array_equal(leaf, wanted[name]):
@@ -189,8 +244,38 @@ def compare(target: pathlib.Path, part: pretrained.Part) -> str:
         f"{target}: tensor {name} read back differs from what was trained; the disk or "
         "its file system is not to be trusted. Export to another place."
       )
-  said = f"{len(wanted)} tensors read back, equal to the bit"
-  return f"{said}; {ask_diffusers(back, lambda: load_diffusers(target), str(target))}"
+  return f"{len(wanted)} tensors read back, equal to the bit"
+
+
+def compare_adapter(
+  file: pathlib.Path, plain: pretrained.Part, part: pretrained.Part, base_folder: Any
+) -> str:
+  """Reads a UNet and its file of users back and compares them with what was trained.
+
+  Where torch is installed and diffusers can load the file, it must predict the same for a
+  user of two embeddings.
+
+  Args:
+    file: of the users.
+    plain: the UNet without them, as it was read back.
+    part: what was trained.
+    base_folder: where diffusers finds the plain UNet.
+
+  Returns:
+    What was compared, in words.
+
+  Raises:
+    UserError: a tensor or a prediction differs.
+  """
+  back = ip_adapter.attach(plain, file)
+  said = _compare_tensors(file, back, part)
+  refusal = ip_adapter.refusal(part.config)
+  if refusal:
+    return f"{said} (diffusers itself not asked: {refusal})"
+  asked = ask_diffusers(
+    back, lambda: load_diffusers(base_folder, adapter=file), str(file)
+  )
+  return f"{said}; {asked}"
 
 
 def compare_lora(
@@ -257,8 +342,10 @@ def ask_diffusers(part: pretrained.Part, load: Callable[[], Any], where: str) ->
   return f"diffusers predicts the same (relative error {error:.0e})"
 
 
-def load_diffusers(folder: Any, file: pathlib.Path | None = None) -> Any:
-  """Loads a UNet with diffusers on PyTorch, with a LoRA file if there is one."""
+def load_diffusers(
+  folder: Any, file: pathlib.Path | None = None, adapter: pathlib.Path | None = None
+) -> Any:
+  """Loads a UNet with diffusers on PyTorch, with a LoRA file or an IP-Adapter."""
   import diffusers
   import torch
 
@@ -278,6 +365,16 @@ def load_diffusers(folder: Any, file: pathlib.Path | None = None) -> Any:
     )
     for parameter in unet.parameters():  # a narrow file's factors
       parameter.data = parameter.data.float()
+  if adapter is not None:
+    loader = diffusers.loaders.ip_adapter.IPAdapterMixin()
+    loader.unet, loader.unet_name = unet, "unet"
+    loader.load_ip_adapter(
+      str(adapter.parent),
+      subfolder="",
+      weight_name=adapter.name,
+      image_encoder_folder=None,
+      low_cpu_mem_usage=False,
+    )
   return unet
 
 
@@ -308,6 +405,9 @@ def difference_to_diffusers(theirs: Any, part: pretrained.Part) -> float:
     added = {
       "text_embeds": torch.from_numpy(pooled), "time_ids": torch.from_numpy(time_ids)
     }  # fmt: skip
+  if config.get("user_dim"):
+    people = rng.standard_normal((1, 2, config["user_dim"]), np.float32)
+    extra["user_embeds"], added["image_embeds"] = people, [torch.from_numpy(people)]
   ours = jax.jit(part.apply)(part.params, latents, timesteps, embeds, **extra)
   with torch.no_grad():
     output = theirs(

@@ -25,6 +25,7 @@ from lpo_jax.jobs import candidates, sampling
 from lpo_jax.jobs.quickstart_people import encode_png
 from lpo_jax.jobs.stops import StopRequests
 from lpo_jax.scoring import scorers
+from lpo_jax.types import Prompt
 
 # What decides the pixels besides weights, prompts and seeds.
 DRAWING_KEYS = ("sampler", "steps", "guidance_scale", "eta", "sigmas")
@@ -45,7 +46,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Pat
     StoppedEarly: a signal or a STOP file; prompts that are done are kept.
   """
   wanted, workdir = config.generate, pathlib.Path(workdir)
-  mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+  mesh = parallel.mesh_of(config.mesh)
   paths = config.eval.get("scorer_paths", {})
   judges = scorers.chosen(wanted.scorers, paths, mesh=mesh)
   if not judges or not wanted.prompts:
@@ -59,7 +60,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Pat
       f"generate.images_per_prompt={wanted.images_per_prompt}, generate.tie_tolerance="
       f"{wanted.tie_tolerance}: expected at least 1 image and 0."
     )
-  prompts = list(dict.fromkeys(prompt_sets.read(wanted.prompts)))
+  rows = prompt_sets.load(wanted.prompts).rows
+  prompts = list({row.key: row for row in rows}.values())
+  sampling.refuse_unmet(judges, prompts)
   location = wanted.policy or config.model.path
   params, weights = candidates.load_params(location, mesh)
   settings = {key: config.eval[key] for key in DRAWING_KEYS}
@@ -69,8 +72,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Pat
     "first_seed": wanted.first_seed,
     "tie_tolerance": wanted.tie_tolerance,
     "scorers": list(wanted.scorers),
-    "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16],
+    "prompts": hashlib.sha256("\0".join(p.text for p in prompts).encode()).hexdigest()[
+      :16
+    ],
   }
+  settings |= sampling.decided_by(config, prompts)
   read = {j.name: j.identity for j in judges if not isinstance(j, scorers.Formula)}
   if read:
     settings["scorer_weights"] = read
@@ -79,6 +85,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Pat
     console.say(f"lists are there: {path}")
     return path
   generator = sampling.make_generator(config, mesh)
+  people = sampling.people_of(config)
   size = max(generator.batch_size // wanted.images_per_prompt, 1)
   parts = {
     start: path.with_suffix(".parts") / f"{start:08d}.parquet"
@@ -101,9 +108,19 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Pat
         )
       chosen = prompts[start : start + size]
       seeds = range(wanted.first_seed, wanted.first_seed + wanted.images_per_prompt)
-      texts = [text for text in chosen for _ in seeds]
-      images = generator(params, texts, [seed for _ in chosen for seed in seeds])
-      scores = {judge.name: judge(images, texts) for judge in judges}
+      asked = [row for row in chosen for _ in seeds]
+      texts = [row.text for row in asked]
+      images = sampling.draw(
+        generator,
+        params,
+        asked,
+        [*seeds] * len(chosen),
+        people=people,
+      )
+      scores = {
+        judge.name: judge(images, texts, **sampling.told(judge, asked, images.shape[1]))
+        for judge in judges
+      }
       if parallel.is_main_process():
         write_part(parts[start], config, settings, chosen, seeds, images, scores)
       done += len(chosen)
@@ -162,7 +179,7 @@ def write_part(
   path: pathlib.Path,
   config: Any,
   settings: Mapping[str, Any],
-  prompts: Sequence[str],
+  prompts: Sequence[Prompt],
   seeds: Sequence[int],
   images: np.ndarray,
   scores: Mapping[str, np.ndarray],
@@ -177,11 +194,13 @@ def write_part(
   # Of several scorers the sum of shares is compared, which has no tolerance of its own.
   tolerance = tolerance if len(scores) == 1 else 0.0
   origin = config.generate.policy or config.model.path
-  names = [[image_uid(settings, text, seed) for seed in seeds] for text in prompts]
+  names = [[image_uid(settings, row.key, seed) for seed in seeds] for row in prompts]
+  edits = any(row.source for row in prompts)
   encoded = [encode_png(image) for image in images]
   list_files.write(
     path,
-    prompts=prompts,
+    prompts=[row.text for row in prompts],
+    sources=[row.source for row in prompts] if edits else None,
     images=[encoded[row * many : (row + 1) * many] for row in range(len(prompts))],
     image_uids=names,
     ranks=[ranks_of(values, tolerance) for values in joined],
@@ -194,6 +213,7 @@ def write_part(
 def image_uid(settings: Mapping[str, Any], prompt: str, seed: int) -> str:
   """Names an image by all that made it, so that rounds can be mixed."""
   drawn = {k: settings[k] for k in (*DRAWING_KEYS, "weights", "pipeline")}
+  drawn |= {k: settings[k] for k in ("image_guidance_scale",) if k in settings}
   text = json.dumps([drawn, prompt, seed], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:24]
 

@@ -17,6 +17,7 @@ from lpo_jax.data.judgements import Judgements
 from lpo_jax.data.packing import Packer, Progress
 from lpo_jax.data.ranked import RankedLists
 from lpo_jax.errors import UserError
+from lpo_jax.types import Prompt
 
 SHOWN = 10  # of anything that could be many
 MOST_UPDATES = 200  # that the packing is tried on
@@ -46,6 +47,7 @@ REASONS = {
   "against_scores": "wins that all judgements of the images together do not bear out",
   "split_apart": "wins between images of one ranking, too long for one list",
   "single_image": "in a list of one image",
+  "few_shot": "kept out of all lists to describe the person (data.few_shot)",
 }
 
 
@@ -187,8 +189,11 @@ def texts(
 ) -> dict[str, Any]:
   """Prompts: how many, how long, and which of the evaluation's are among them."""
   used = [source.prompts[i] for i in np.unique(source.prompt)]
-  held_out = prompts.read(evaluation) if evaluation else []
+  rows = prompts.load(evaluation).rows if evaluation else ()
+  held_out = [row.text for row in rows]
   leaked = prompts.overlap(held_out, used)
+  if leaked and any(row.source for row in rows):
+    leaked = _leaked_edits(source, rows)
   counted, why = None, "model.path is not set"
   if model_path:
     try:
@@ -203,6 +208,40 @@ def texts(
     "tokens": counted,
     "tokens_not_counted": why,
   }
+
+
+def _leaked_edits(
+  source: Judgements | RankedLists, rows: Sequence[Prompt]
+) -> list[str]:
+  """The instructions of evaluation edits that are among the data, picture and all.
+
+  An instruction alone comes again by design. Pictures are the same where their bytes are;
+  of the data only those are read whose instruction is one of the evaluation's.
+  """
+  image = getattr(source, "source_image", None)
+  if image is None or source.images is None:
+    return []
+  asked = {prompts.normalise(row.text) for row in rows}
+  shared = [
+    i for i, text in enumerate(source.prompts) if prompts.normalise(text) in asked
+  ]
+  lists = np.flatnonzero(np.isin(source.prompt, shared) & (image >= 0))
+  known = {
+    (prompts.normalise(source.prompts[source.prompt[i]]), _digest(source, image[i]))
+    for i in lists
+  }
+  return [
+    row.text
+    for row in rows
+    if (prompts.normalise(row.text), hashlib.sha256(row.source).digest()) in known
+  ]
+
+
+def _digest(source: RankedLists, image: int) -> bytes:
+  try:
+    return hashlib.sha256(source.images.read(int(image))).digest()
+  except decoding.BadImage:  # it is not there; the page says so elsewhere
+    return b""
 
 
 def tokens(used: Sequence[str], model_path: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Exported:
 
   Attributes:
     folder: gets the card.
-    kind: "pipeline", "unet" or "lora".
+    kind: a name of `KINDS`.
     step: completed updates of what was exported.
     checked: what was compared after writing, in words.
     file: name of the LoRA file in the folder; "" if there is none.
@@ -108,6 +108,7 @@ KINDS = {
   "pipeline": "The whole pipeline, with the UNet",
   "unet": "The UNet",
   "lora": "LoRA factors for the UNet",
+  "ip_adapter": "What the UNet is told of people with (an IP-Adapter)",
 }
 
 
@@ -135,7 +136,7 @@ def front_matter(config: ml_collections.ConfigDict, exported: Exported) -> str:
   if datasets:
     known["datasets"] = datasets
   tags = ["text-to-image", "preference-tuning", config.objective.name, "lpo_jax"]
-  tags += ["lora"] if exported.kind == "lora" else []
+  tags += [exported.kind] if exported.kind in ("lora", "ip_adapter") else []
   fields = ModelCardData(
     library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **known
   )
@@ -377,14 +378,33 @@ def _use_lora(config: ml_collections.ConfigDict, exported: Exported) -> str:
   )
 
 
+def _use_ip_adapter(config: ml_collections.ConfigDict, exported: Exported) -> str:
+  where = config.export.push_to or "path/to/this/folder"
+  return (
+    "import torch\nfrom diffusers import DiffusionPipeline\n\n"
+    f"pipeline = DiffusionPipeline.from_pretrained({base_name(config)!r})\n"
+    f"pipeline.load_ip_adapter({where!r}, subfolder='', weight_name={exported.file!r}, "
+    "image_encoder_folder=None)\n"
+    "# [1, K, D] of a person (docs/personal.md), behind zeros: nobody, for guidance\n"
+    "people = torch.cat([torch.zeros_like(person), person])\n"
+    'image = pipeline("a prompt", ip_adapter_image_embeds=[people]).images[0]'
+  )
+
+
 USAGE: dict[str, Callable[[ml_collections.ConfigDict, Exported], str]] = {
   "pipeline": _use_pipeline,
   "unet": _use_unet,
   "lora": _use_lora,
+  "ip_adapter": _use_ip_adapter,
 }
 
 
 def files_to_push(exported: Exported) -> Sequence[str]:
   """Patterns of what belongs to an export; the folder may hold other things too."""
-  own = {"unet": ("unet/*",), "lora": (exported.file, "kept.json"), "pipeline": ("*",)}
+  own = {
+    "unet": ("unet/*", "ip_adapter.safetensors"),
+    "lora": (exported.file, "kept.json"),
+    "ip_adapter": (exported.file,),
+    "pipeline": ("*",),
+  }
   return (*own[exported.kind], README, THUMBNAILS)

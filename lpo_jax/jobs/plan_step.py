@@ -22,6 +22,7 @@ import ml_collections
 import numpy as np
 
 from lpo_jax import parallel, pretrained
+from lpo_jax.data import user_embeds
 from lpo_jax.errors import UserError
 from lpo_jax.jobs import blueprint as blueprints
 from lpo_jax.jobs import plan_chips, plan_hlo
@@ -57,9 +58,7 @@ def make_mesh(
     devices = topologies.get_topology_desc(
       topology.name, "tpu", chips_per_host_bounds=topology.host_bounds
     ).devices
-  return parallel.make_mesh(
-    config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices, devices=devices
-  )
+  return parallel.mesh_of(config.mesh, devices)
 
 
 def abstract_batch(
@@ -92,7 +91,8 @@ def abstract_batch(
     width = unet["projection_class_embeddings_input_dim"] - sizes
     pooled, time_ids = shape(slots, width), shape(slots, 6)
   tokens, channels = _tokens(config.model.path), vae.get("latent_channels", 4)
-  edits = unet["in_channels"] > channels
+  edits, people = unet["in_channels"] > channels, config.data.user_embeds
+  users = None if people is None else user_embeds.read(people)
   batch = Batch(
     moments=shape(slots, side, side, 2 * channels),
     conditioning=Conditioning(
@@ -100,6 +100,7 @@ def abstract_batch(
       pooled,
       time_ids,
       shape(slots, side, side, channels) if edits else None,
+      None if users is None else shape(slots, *users.values.shape[1:]),
     ),
     identity=shape(slots, 2, dtype=np.uint32),
     item=shape(slots, dtype=np.uint32),
@@ -183,7 +184,7 @@ class Step:
   def components(self) -> dict[str, int]:
     """Bytes per chip of everything that lies in memory before the step begins."""
     like = self.blueprint.like
-    frozen = "frozen base" if self.blueprint.tuning.layout else "reference"
+    frozen = "frozen base" if self.blueprint.tuning.has_base else "reference"
     trees = {
       "parameters": like.params,
       "optimizer": like.opt_state,

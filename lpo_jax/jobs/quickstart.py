@@ -6,13 +6,9 @@ simulated people) is small.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
-import os
+import functools
 import pathlib
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
@@ -26,19 +22,28 @@ from lpo_jax.jobs import (
   evaluate,
   export,
   inspect,
+  personal_report,
   quickstart_base,
+  quickstart_edits,
   quickstart_people,
+  quickstart_personal,
   quickstart_report,
   run_identity,
-  sampling,
   select,
   train,
 )
-from lpo_jax.jobs import candidates as candidate_kinds
+from lpo_jax.jobs.quickstart_world import (
+  SHIPPED_BASE,
+  Stages,
+  World,
+  base_folder,
+  draw_candidates,
+)
 from lpo_jax.scoring import digits
 from lpo_jax.training.report import read_metrics
+from lpo_jax.types import Prompt
 
-SHIPPED_BASE = pathlib.Path(__file__).parent.parent / "assets" / "digits_base"
+__all__ = ["SHIPPED_BASE", "WORLDS", "Stages", "base_folder", "run"]
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -56,21 +61,24 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     raise UserError(
       f"quickstart.make={config.quickstart.make!r}: expected 'report' or 'base'."
     )
-  world = config.quickstart
-  base = base_folder(config)
-  for method in world.methods:
+  settings = config.quickstart
+  name = settings.get("world", "digits")
+  if name not in WORLDS:
+    raise unknown_name("quickstart.world", name, WORLDS)
+  world, stages = WORLDS[name], Stages(workdir)
+  base = world.base(config, workdir, stages)
+  for method in settings.methods:
     own = method_config(config, workdir, method)
     own.model.path = str(base)
     blueprint.check_settings(own)
   run_identity.remember_config(config, workdir)
   config.model.path = str(base)
-  stages = Stages(workdir)
 
   with stages.stage("candidates and judgements"):
-    config.data.path = str(make_judgements(config, workdir))
+    config.data.path = str(world.judge(config, workdir))
   with stages.stage("inspect"):
     data_report = inspect.run(config, workdir)
-  runs = {method: method_config(config, workdir, method) for method in world.methods}
+  runs = {method: method_config(config, workdir, method) for method in settings.methods}
   for method, own in runs.items():
     if own.online:
       with stages.stage(f"experts of {method}"):
@@ -82,14 +90,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     with stages.stage(f"train {method}"):
       train.run(own, workdir / method)
   with stages.stage("evaluate"):
-    config.eval.candidates = candidates(base, runs, workdir)
+    config.eval.candidates = world.candidates(base, runs, workdir)
     evaluation = evaluate.run(config, workdir)
-  published = world.publish
+  published = settings.publish
   runs[published].export.evaluation = str(workdir)
   with stages.stage(f"export {published}"):
     exported = export.run(runs[published], workdir / published)
   if parallel.is_main_process():
-    quickstart_report.write(
+    world.write(
       config,
       workdir,
       evaluation=evaluation,
@@ -102,51 +110,6 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     console.say(f"report:  {workdir / 'report.html'}")
     console.say(f"figures: {workdir / 'summary.json'}")
     console.say(f"model:   {exported['path']} (a diffusers folder)")
-
-
-class Stages:
-  """Times the stages and remembers the times over restarts.
-
-  Several processes may share the file, as those of an ablation do that have a seed each.
-  """
-
-  def __init__(self, workdir: pathlib.Path):
-    self._file = workdir / "timings.json"
-    self.seconds: dict[str, float] = self._read()
-
-  @contextlib.contextmanager
-  def stage(self, name: str) -> Iterator[None]:
-    """Announces a stage, times it, and adds to what earlier sessions spent on it."""
-    console.say(f"\n== {name}")
-    began = time.monotonic()
-    yield
-    spent = time.monotonic() - began
-    self.seconds |= self._read()
-    self.seconds[name] = self.seconds.get(name, 0.0) + spent
-    if parallel.is_main_process():
-      partial = self._file.with_suffix(f".{os.getpid()}")
-      partial.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
-      partial.replace(self._file)
-
-  def _read(self) -> dict[str, float]:
-    return json.loads(self._file.read_text("utf-8")) if self._file.exists() else {}
-
-
-def base_folder(config: ml_collections.ConfigDict) -> pathlib.Path:
-  """Returns the base pipeline: the config's, or the one that ships."""
-  if config.model.path:
-    return pathlib.Path(config.model.path)
-  if not SHIPPED_BASE.is_dir():
-    raise UserError(
-      f"the base model that ships with lpo_jax is missing at {SHIPPED_BASE}; make it "
-      "with: python -m lpo_jax.main --config configs/quickstart_base.py --workdir "
-      "runs/quickstart_base, and give its folder as --config.model.path."
-    )
-  console.say(
-    f"base model: the one that ships ({SHIPPED_BASE}); it was made from real digits by "
-    "configs/quickstart_base.py, which can make it again (see its README.md)"
-  )
-  return SHIPPED_BASE
 
 
 def method_config(
@@ -187,13 +150,7 @@ def make_judgements(
   prompts = [
     texts[s % len(texts)] for s in range(world.sessions) for _ in range(per_session)
   ]
-  # Seeds far from those of the evaluation, which start at eval.first_seed.
-  seeds = [1_000_000 * (1 + config.seed) + i for i in range(len(prompts))]
-  mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
-  generator = sampling.make_generator(config, mesh)
-  progress = console.Progress("drawing candidates", len(prompts), "images")
-  params, _ = candidate_kinds.load_params(config.model.path, mesh)
-  images = generator(params, prompts, seeds, on_progress=progress.update)
+  images = draw_candidates(config, [Prompt(text) for text in prompts])
   scores = digits.taste(images, prompts)
   said = JUDGING[world.judging](config, path, scores, images, prompts)
   parallel.barrier("judgements written")
@@ -241,14 +198,18 @@ JUDGING = {"compare": _compare, "rank": _rank}
 
 
 def candidates(
-  base: pathlib.Path, runs: dict[str, Any], workdir: pathlib.Path
+  base: pathlib.Path,
+  runs: dict[str, Any],
+  workdir: pathlib.Path,
+  *,
+  baseline: str = "base",
 ) -> ml_collections.ConfigDict:
   """Base, every method's last checkpoint, and the faster mover cut back to equal drift.
 
   A method must not win by merely moving further: the one that drifted most from the
   base is also shown at the checkpoint whose drift is nearest the other's final one.
   """
-  named = {"base": str(base)}
+  named = {baseline: str(base)}
   named |= {method: str(workdir / method) for method in runs}
   if len(runs) == 2:
     drifts = {name: drift_curve(workdir / name) for name in runs}
@@ -267,3 +228,26 @@ def drift_curve(run: pathlib.Path, window: int = 11) -> np.ndarray:
   total = np.concatenate([[0.0], np.cumsum(values)])
   starts = np.maximum(ends - window, 0)
   return (total[ends] - total[starts]) / (ends - starts)
+
+
+# quickstart.world -> what it does differently.
+WORLDS: dict[str, World] = {
+  "digits": World(
+    base=lambda config, workdir, stages: base_folder(config),
+    judge=make_judgements,
+    candidates=candidates,
+    write=quickstart_report.write,
+  ),
+  "edits": World(
+    base=quickstart_edits.make_base,
+    judge=quickstart_edits.make_judgements,
+    candidates=functools.partial(candidates, baseline="sft"),
+    write=functools.partial(quickstart_report.write, words=quickstart_edits.WORDS),
+  ),
+  "personal": World(
+    base=quickstart_personal.make_base,
+    judge=quickstart_personal.make_judgements,
+    candidates=quickstart_personal.candidates,
+    write=personal_report.write,
+  ),
+}

@@ -242,7 +242,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Pat
 def share_legible(config: ml_collections.ConfigDict, folder: pathlib.Path) -> float:
   """Draws every held-out prompt and returns the share that the reader recognises."""
   config.model.path = str(folder)
-  mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+  mesh = parallel.mesh_of(config.mesh)
   generator = sampling.make_generator(config, mesh)
   params, _ = candidates.load_params(str(folder), mesh)
   prompts = [p for p in config.eval.prompts for _ in range(config.eval.seeds)]

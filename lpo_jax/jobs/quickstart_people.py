@@ -68,16 +68,45 @@ def judge(
     rng = np.random.default_rng([seed, session])
     user = int(rng.integers(users))
     candidates = range(start, min(start + images_per_session, len(scores)))
-    stays = candidates[0]
-    for newcomer in candidates[1:]:
-      left, right = (stays, newcomer) if rng.random() < 0.5 else (newcomer, stays)
-      gap = (scores[left] - scores[right]) / temperature
-      if rng.random() < tie_rate * np.exp(-abs(gap)):
-        label = 0.5
-      else:
-        label = float(rng.random() < 1 / (1 + np.exp(-gap)))
-        stays = left if label == 1 else right
-      made.append(Judgement(session, user, left, right, label))
+    made += judge_session(
+      Session(session, user, candidates), scores, temperature, tie_rate, rng
+    )
+  return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+  """What one person is shown in one go.
+
+  Attributes:
+    number: a Pick-a-Pic `ranking_id`.
+    user: who judges.
+    candidates: indices of images, in the order of appearance.
+  """
+
+  number: int
+  user: int
+  candidates: Sequence[int]
+
+
+def judge_session(
+  session: Session,
+  scores: np.ndarray,
+  temperature: float,
+  tie_rate: float,
+  rng: np.random.Generator,
+) -> list[Judgement]:
+  """Lets one person judge candidates two at a time, the winner stays; see `judge`."""
+  made, stays = [], session.candidates[0]
+  for newcomer in session.candidates[1:]:
+    left, right = (stays, newcomer) if rng.random() < 0.5 else (newcomer, stays)
+    gap = (scores[left] - scores[right]) / temperature
+    if rng.random() < tie_rate * np.exp(-abs(gap)):
+      label = 0.5
+    else:
+      label = float(rng.random() < 1 / (1 + np.exp(-gap)))
+      stays = left if label == 1 else right
+    made.append(Judgement(session.number, session.user, left, right, label))
   return made
 
 
@@ -125,6 +154,7 @@ def write_rankings(
   prompts: Sequence[str],
   *,
   model: str,
+  sources: Sequence[bytes] | None = None,
 ) -> None:
   """Writes ranked lists, each session a row; the source `lists` reads them.
 
@@ -134,6 +164,7 @@ def write_rankings(
     images: [n, H, W, 3] uint8.
     prompts: [n] the prompt of each image.
     model: the generator's name.
+    sources: [n] of edits, the encoded image that each is an edit of.
   """
   list_files.write(
     path,
@@ -142,6 +173,7 @@ def write_rankings(
     image_uids=[[f"quickstart-{i:05d}" for i in ranking] for ranking in rankings],
     ranks=[list(range(len(ranking))) for ranking in rankings],
     models=[[model] * len(ranking) for ranking in rankings],
+    sources=None if sources is None else [sources[r[0]] for r in rankings],
   )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
@@ -14,6 +15,7 @@ import numpy as np
 
 from lpo_jax import __version__
 from lpo_jax.configs import common
+from lpo_jax.jobs import sampling
 from lpo_jax.jobs.evaluate import Evaluation
 from lpo_jax.pages import Headline, ImageGrid, RunReport, write_run_report
 from lpo_jax.scoring import scorers
@@ -21,6 +23,60 @@ from lpo_jax.scoring import scorers
 TASTE, LEGIBILITY = "digits_taste", "digits_legibility"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 ROWS, SEEDS_SHOWN = 10, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+  """What a world's report says in its own words.
+
+  Attributes:
+    title: of the page.
+    story: the first paragraph; {baseline} is the baseline's mean under `second`.
+    baseline: the candidate that methods are compared with, and what a sentence calls it.
+    called: what a sentence calls the baseline.
+    taste: the scorer that says whether people's taste was learnt.
+    second: one that training does not see, a share in 0..1.
+    second_said: what a method's share under `second` is, {share} in it.
+    second_short: the same as a headline.
+    judgements: file -> what it holds.
+    notes: what else a careful reader should know.
+  """
+
+  title: str
+  story: str
+  baseline: str
+  called: str
+  taste: str
+  second: str
+  second_said: str
+  second_short: str
+  judgements: Mapping[str, str]
+  notes: Sequence[str]
+
+
+DIGITS = Words(
+  title="lpo_jax quickstart: teaching a model what people like",
+  story="A small Stable-Diffusion-shaped model drew handwritten digits. Simulated people, "
+  "who like upright and bold strokes, compared its drawings two at a time. The model "
+  "was then fine-tuned on these judgements, and drew again for phrasings and seeds "
+  "that training never met. An independent reader recognises {baseline} of the "
+  "base model's digits.",
+  baseline="base",
+  called="the base",
+  taste=TASTE,
+  second=LEGIBILITY,
+  second_said="the reader recognises {share} of its digits",
+  second_short="legible",
+  judgements={
+    "judgements/judgements.parquet": "what the simulated people clicked, in "
+    "Pick-a-Pic's columns"
+  },
+  notes=(
+    "The taste scorer is the simulated people's own taste without their noise: it says "
+    "whether the judgements were learnt, not whether the images are good. The "
+    "legibility scorer was not used in training, nor to choose anything.",
+  ),
+)
 
 
 def write(
@@ -32,6 +88,7 @@ def write(
   runs: Mapping[str, Sequence[Mapping[str, Any]]],
   timings: Mapping[str, float],
   exported: Mapping[str, Any],
+  words: Words = DIGITS,
 ) -> None:
   """Writes workdir/report.html.
 
@@ -43,6 +100,7 @@ def write(
     runs: method -> its metrics rows.
     timings: stage -> seconds.
     exported: what `export` returned.
+    words: what the world says of itself.
   """
   rows = evaluation.rows
   methods = list(runs)
@@ -50,9 +108,9 @@ def write(
     f"{m}/report.html" for m in methods if (workdir / m / "report.html").exists()
   ]
   report = RunReport(
-    title="lpo_jax quickstart: teaching a model what people like",
-    summary=summary(rows, methods),
-    headlines=headlines(rows, methods, config.quickstart.publish),
+    title=words.title,
+    summary=summary(rows, methods, words),
+    headlines=headlines(rows, methods, config.quickstart.publish, words),
     grid=grid(evaluation),
     win_rates=rows,
     scorers={name: scorers.get(name).measures for name in config.eval.scorers},
@@ -60,13 +118,12 @@ def write(
     data=data_figures(data_report),
     list_lengths=list_lengths(data_report),
     timings={**timings, "total": sum(timings.values())},
-    notes=notes(config, rows, methods, exported) + rollout_notes(runs),
+    notes=notes(config, rows, exported, words) + rollout_notes(runs),
     config=json.loads(config.to_json_best_effort()),
     defaults=json.loads(common.get_config().to_json_best_effort()),
     versions=versions(),
     files={
-      "judgements/judgements.parquet": "what the simulated people clicked, in "
-      "Pick-a-Pic's columns",
+      **words.judgements,
       "data_report.html": "what the data report found in it",
       **{
         f"{m}/": "the training run: config, checkpoints, metrics, TensorBoard"
@@ -98,25 +155,23 @@ def interval(row: Mapping[str, Any]) -> str:
   return f"{percent(row['win_rate'])} ({percent(row['ci_low'])} to {percent(row['ci_high'])})"
 
 
-def summary(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
+def summary(
+  rows: Sequence[Mapping[str, Any]], methods: Sequence[str], words: Words = DIGITS
+) -> str:
   """The outcome in plain words."""
-  base = find(rows, methods[0], "base", LEGIBILITY)["mean_baseline"]
-  said = [
-    "A small Stable-Diffusion-shaped model drew handwritten digits. Simulated people, "
-    "who like upright and bold strokes, compared its drawings two at a time. The model "
-    "was then fine-tuned on these judgements, and drew again for phrasings and seeds "
-    f"that training never met. An independent reader recognises {percent(base)} of the "
-    "base model's digits."
-  ]
+  base = find(rows, methods[0], words.baseline, words.second)["mean_baseline"]
+  said = [words.story.format(baseline=percent(base))]
   for method in methods:
-    taste, legible = (find(rows, method, "base", s) for s in (TASTE, LEGIBILITY))
+    taste, second = (
+      find(rows, method, words.baseline, s) for s in (words.taste, words.second)
+    )
+    share = percent(second["mean_candidate"])
     said.append(
-      f"{method.upper()} wins {interval(taste)} of same-seed comparisons with the base "
-      f"under the taste; the reader recognises {percent(legible['mean_candidate'])} of "
-      "its digits."
+      f"{method.upper()} wins {interval(taste)} of same-seed comparisons with "
+      f"{words.called} under the taste; {words.second_said.format(share=share)}."
     )
   if len(methods) == 2:
-    duel = find(rows, methods[1], methods[0], TASTE)
+    duel = find(rows, methods[1], methods[0], words.taste)
     said.append(
       f"Head to head at equal images, {methods[1].upper()} wins {interval(duel)} against "
       f"{methods[0].upper()}."
@@ -125,49 +180,72 @@ def summary(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
 
 
 def headlines(
-  rows: Sequence[Mapping[str, Any]], methods: Sequence[str], published: str
+  rows: Sequence[Mapping[str, Any]],
+  methods: Sequence[str],
+  published: str,
+  words: Words = DIGITS,
 ) -> list[Headline]:
   """The few figures to see first."""
   shown = []
   for method in methods:
-    row = find(rows, method, "base", TASTE)
+    row = find(rows, method, words.baseline, words.taste)
     shown.append(
       Headline(
-        f"{method.upper()} over base, taste",
+        f"{method.upper()} over {words.baseline}, taste",
         percent(row["win_rate"]),
         f"95 %: {percent(row['ci_low'])} to {percent(row['ci_high'])}, n = {row['n']}",
       )
     )
-  legible = find(rows, published, "base", LEGIBILITY)
+  second = find(rows, published, words.baseline, words.second)
   shown.append(
     Headline(
-      f"{published.upper()} legible",
-      percent(legible["mean_candidate"]),
-      f"base: {percent(legible['mean_baseline'])}",
+      f"{published.upper()} {words.second_short}",
+      percent(second["mean_candidate"]),
+      f"{words.baseline}: {percent(second['mean_baseline'])}",
     )
   )
   return shown
 
 
 def grid(evaluation: Evaluation) -> ImageGrid:
-  """Some prompts with the same seeds in all columns."""
+  """Some prompts with the same seeds in all columns; of edits first what was edited."""
   texts = list(dict.fromkeys(evaluation.prompts))[:ROWS]
-  places = {text: [] for text in texts}
-  for i, text in enumerate(evaluation.prompts):
-    if text in places and len(places[text]) < SEEDS_SHOWN:
-      places[text].append(i)
-  index = np.array([places[text] for text in texts])
+  index = np.array([_shown(evaluation, text, row) for row, text in enumerate(texts)])
+  images = {name: files[index] for name, files in evaluation.images.items()}
+  images = _given(evaluation, index, images) | images
   return ImageGrid(
-    candidates=list(evaluation.images),
+    candidates=list(images),
     prompts=texts,
     seeds=[[evaluation.seeds[i] for i in row] for row in index],
-    images={name: images[index] for name, images in evaluation.images.items()},
+    images=images,
     scores={
       name: {scorer: values[index].tolist() for scorer, values in by_scorer.items()}
       for name, by_scorer in evaluation.scores.items()
     },
     pixelated=False,
   )
+
+
+def _shown(evaluation: Evaluation, text: str, row: int) -> list[int]:
+  """A few images of a prompt: its first seeds, or edits of sources not yet in the grid."""
+  places = [i for i, other in enumerate(evaluation.prompts) if other == text]
+  if not evaluation.cases[0].asked.source:
+    return places[:SEEDS_SHOWN]
+  return [places[(row * SEEDS_SHOWN + k) % len(places)] for k in range(SEEDS_SHOWN)]
+
+
+def _given(
+  evaluation: Evaluation, index: np.ndarray, images: Mapping[str, np.ndarray]
+) -> dict[str, list[list[np.ndarray]]]:
+  """Of edits the pictures that were edited, and the right edits where there are any."""
+  side, columns = next(iter(images.values())).shape[2], {}
+  for name, field in (("source", "source"), ("right edit", "target")):
+    if all(getattr(case.asked, field) for case in evaluation.cases):
+      columns[name] = [
+        [sampling.picture(evaluation.cases[i].asked, side, field) for i in row]
+        for row in index
+      ]
+  return columns
 
 
 def data_figures(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,8 +274,8 @@ def list_lengths(report: Mapping[str, Any]) -> dict[int, int]:
 def notes(
   config: ml_collections.ConfigDict,
   rows: Sequence[Mapping[str, Any]],
-  methods: Sequence[str],
   exported: Mapping[str, Any],
+  words: Words = DIGITS,
 ) -> list[str]:
   """What a careful reader should know."""
   train = config.train
@@ -205,9 +283,7 @@ def notes(
     f"All methods saw the same judgements and {train.total_steps} updates of "
     f"{train.images_per_update} images; they differ in how many comparisons each image "
     "takes part in.",
-    "The taste scorer is the simulated people's own taste without their noise: it says "
-    "whether the judgements were learnt, not whether the images are good. The "
-    "legibility scorer was not used in training, nor to choose anything.",
+    *words.notes,
     f"Export: {exported['checked']}.",
   ]
   cut_back = [r["candidate"] for r in rows if ", drift of " in r["candidate"]]

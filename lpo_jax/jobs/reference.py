@@ -15,7 +15,7 @@ import jax
 import ml_collections
 
 from lpo_jax import console, parallel, pretrained
-from lpo_jax.data import fingerprints, references
+from lpo_jax.data import fingerprints, references, user_embeds
 from lpo_jax.data.pipeline import Batches
 from lpo_jax.errors import StoppedEarly, UserError
 from lpo_jax.jobs import blueprint as blueprints
@@ -27,6 +27,7 @@ SAVE_EVERY_S = 60.0
 # What of `data` decides how an item is shown, besides its list.
 DRAWN_BY = (
   *("caption_dropout", "source_dropout", "both_dropout", "flip", "time_ids", "draws"),
+  *("user_dropout", "user_missing"),
 )
 
 
@@ -38,7 +39,9 @@ def folder_of(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathl
 def about(config: ml_collections.ConfigDict, lists: Any) -> dict[str, Any]:
   """Everything that the reference's errors depend on."""
   path, data = config.model.path, config.data
+  users = data.user_embeds and user_embeds.read(data.user_embeds).fingerprint()
   return {
+    "users": users and [users, fingerprints.of_users(lists)],
     "reference": pretrained.fingerprint(path, "unet"),
     "schedule": dict(pretrained.scheduler_config(path)),
     "dtype": config.model.dtype,
@@ -53,7 +56,8 @@ def about(config: ml_collections.ConfigDict, lists: Any) -> dict[str, Any]:
 def order(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """What decides which lists an update holds, besides the lists and the seed."""
   slots = blueprints.slots_of_data(config)
-  return {"images_per_update": slots, "held_out": config.data.held_out}
+  held = config.data.held_out, config.data.held_out_users
+  return {"images_per_update": slots, "held_out": held[0], "held_out_users": held[1]}
 
 
 def open_for(
@@ -91,9 +95,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     StoppedEarly: a signal or a STOP file; what was computed is kept.
   """
   workdir = pathlib.Path(workdir)
-  mesh = parallel.make_mesh(
-    config.mesh.data, config.mesh.fsdp, slices=config.mesh.slices
-  )
+  mesh = parallel.mesh_of(config.mesh)
   blueprints.check_settings(config)
   blueprints.check_reference(config)
   cache = cache_job.open_for(config, workdir)

@@ -13,7 +13,7 @@ import ml_collections
 
 import lpo_jax
 from lpo_jax import console, parallel, pretrained
-from lpo_jax.data import fingerprints
+from lpo_jax.data import fingerprints, user_embeds
 from lpo_jax.errors import UserError
 
 # Keys that may change between the sessions of one run without making it another run.
@@ -26,6 +26,8 @@ FREE_KEYS = (
   "inspect.",
   "select.",
   "generate.",
+  "widen.",
+  "users.",  # what they made is in the fingerprint
   "plan.",
   "quickstart.publish",
   # Of an ablation: each of its runs compares its own config.
@@ -156,6 +158,9 @@ def fingerprint(config: ml_collections.ConfigDict, lists: Any) -> dict[str, str]
     if (path / name).is_dir()
   }
   data = fingerprints.of_lists(lists)
+  if config.data.user_embeds is not None:
+    data["user_embeds"] = user_embeds.read(config.data.user_embeds).fingerprint()
+    data["users"] = fingerprints.of_users(lists)
   return prints | {f"data.{name}": value for name, value in data.items()}
 
 

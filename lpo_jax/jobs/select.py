@@ -43,6 +43,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   opened = sources.open(data.path, data.source, split=data.split, images=data.images)
   sources.refuse_training(opened)
   source = opened.read()
+  if getattr(source, "source_image", None) is not None:
+    raise UserError(
+      f"{data.path} holds edits, and chosen images would lose what they are edits of. "
+      "Train on the source itself: data.strategy='winners' takes the best edit of a list."
+    )
   found = experts.candidates(source)
   if not len(found):
     raise UserError(f"{config.data.path} holds no image to choose.")

@@ -324,6 +324,9 @@ def save_pipeline(
 ) -> None:
   """Writes a pipeline folder in which some networks are new.
 
+  With a UNet that takes twice the channels of the VAE's latents it is one of diffusers'
+  InstructPix2Pix pipelines, whatever `source` was.
+
   Args:
     source: the pipeline folder, or its id on the Hub, that the others are copied from;
       files at its top other than `model_index.json`, such as one-file checkpoints, stay
@@ -359,7 +362,7 @@ def save_pipeline(
   if parallel.is_main_process():
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    shutil.copy(source / "model_index.json", staging)
+    _write_index(index, parts, source, staging)
     for name in components.keys() - parts.keys():
       if (source / name).is_dir():
         shutil.copytree(source / name, staging / name)
@@ -371,6 +374,31 @@ def save_pipeline(
       target.rmdir()
     os.replace(staging, target)
   parallel.barrier("saved pipeline")
+
+
+# diffusers' pipelines -> those of the same networks whose UNet sees an image to edit.
+EDITING_CLASSES = {
+  "StableDiffusionPipeline": "StableDiffusionInstructPix2PixPipeline",
+  "StableDiffusionXLPipeline": "StableDiffusionXLInstructPix2PixPipeline",
+}
+
+
+def _write_index(
+  index: Mapping[str, Any],
+  parts: Mapping[str, Part],
+  source: pathlib.Path,
+  target: pathlib.Path,
+) -> None:
+  """Writes model_index.json, naming the class that runs the new UNet."""
+  kind, unet = index.get("_class_name"), parts.get("unet")
+  if unet is None or kind not in EDITING_CLASSES:
+    shutil.copy(source / "model_index.json", target)
+    return
+  channels = read_config(source, "vae").get("latent_channels", 4)
+  edits = unet.config.get("in_channels", 4) == 2 * channels
+  written = {**index, "_class_name": EDITING_CLASSES[kind] if edits else kind}
+  text = json.dumps(written, indent=2) + "\n"
+  (target / "model_index.json").write_text(text, encoding="utf-8")
 
 
 def fingerprint(

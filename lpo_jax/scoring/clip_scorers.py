@@ -223,7 +223,7 @@ class Cosine(_Towers):
       self._vectors |= dict(zip(fresh, vectors, strict=True))
     return np.stack([self._vectors[prompt] for prompt in prompts])
 
-  def score(self, images, prompts, seeds, names):
+  def score(self, images, prompts, told):
     vectors = self.embed_texts(prompts) * self.embed_images(images)
     return self._factor * vectors.sum(axis=-1, dtype=np.float64)
 
@@ -271,7 +271,7 @@ class Aesthetic(_Towers):
   def fingerprint(self) -> str:
     return f"{self.checkpoint.fingerprint()}+{self.head().identity}"
 
-  def score(self, images, prompts, seeds, names):
+  def score(self, images, prompts, told):
     vectors, head = self.embed_images(images).astype(np.float64), self.head()
     if vectors.shape[-1] != len(head.weight):
       raise UserError(

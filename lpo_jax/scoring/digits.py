@@ -140,15 +140,15 @@ def _reader():
   from sklearn.svm import SVC
 
   images, labels = real_digits()
-  return SVC(C=10.0, gamma=0.02).fit(_features(images), labels)
+  return SVC(C=10.0, gamma=0.02).fit(cells(images), labels)
 
 
-def _features(images: np.ndarray) -> np.ndarray:
-  """Mean ink of 3 x 3 pixel cells: [n, 64], the digits' own resolution."""
+def cells(images: np.ndarray) -> np.ndarray:
+  """What readers see: mean ink of 3 x 3 pixel cells, [n, 64], the digits' own resolution."""
   margin, cell = (SIZE - INNER) // 2, INNER // 8
   middle = ink(images)[:, margin:-margin, margin:-margin]
-  cells = middle.reshape(-1, 8, cell, 8, cell).mean(axis=(2, 4))
-  return cells.reshape(-1, 64) * 4
+  means = middle.reshape(-1, 8, cell, 8, cell).mean(axis=(2, 4))
+  return means.reshape(-1, 64) * 4
 
 
 def legibility(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
@@ -162,4 +162,4 @@ def legibility(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
     prompts: n texts, each naming one digit.
   """
   wanted = np.array([digit_of(prompt) for prompt in prompts])
-  return (_reader().predict(_features(images)) == wanted).astype(np.float64)
+  return (_reader().predict(cells(images)) == wanted).astype(np.float64)

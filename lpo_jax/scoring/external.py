@@ -104,8 +104,8 @@ class External(Scorer):
   def identity(self) -> str:
     return self._digest
 
-  def score(self, images, prompts, seeds, names):
-    keys = [self._keys(i, prompts, seeds, names) for i in range(len(images))]
+  def score(self, images, prompts, told):
+    keys = [self._keys(i, prompts, told.seeds, told.names) for i in range(len(images))]
     found = [
       next((self._scores[key] for key in choice if key in self._scores), None)
       for choice in keys

@@ -50,7 +50,7 @@ class ImageReward(NetworkScorer):
       lambda params, *arrays: model.apply(params, *arrays).reward
     )
 
-  def score(self, images, prompts, seeds, names):
+  def score(self, images, prompts, told):
     network = self.network
     ids, seen = self._tokens(prompts)
     return network.run(

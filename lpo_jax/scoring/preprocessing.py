@@ -8,14 +8,18 @@ way has another score.
 | `crop_rgb` | shortest side, PIL's bicubic on bytes | centre crop, odd rest to the end | RGB first |
 | `crop_late` | the same | centre crop, half a pixel rounded to even | RGB last |
 | `letterbox` | longest side, bicubic on floats, not clipped | black bars, odd rest to the end | RGB first |
+| `stretch` | both sides, bicubic on floats, four taps, not clipped | nothing | RGB first |
+| `crop_imagenet` | shortest side to 8/7, PIL's bicubic on bytes | centre crop, half a pixel rounded to even | RGB first |
 
 `crop_rgb` is transformers' `CLIPImageProcessor`; `crop_late` torchvision's `Resize` and
 `CenterCrop` as OpenAI's CLIP, open_clip and ImageReward chain them; `letterbox` HPS v2's
-own. All end with (x - mean) / std of OpenAI's CLIP.
+own; `stretch` that of InstructPix2Pix's metrics; `crop_imagenet` torchvision's for DINO.
+All end with (x - mean) / std, of ImageNet in the last, of OpenAI's CLIP in the others.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +29,8 @@ from lpo_jax.errors import UserError, unknown_name
 
 MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
 STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
+IMAGENET_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
+IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 
 def as_picture(image: Any) -> Any:
@@ -142,10 +148,64 @@ def letterbox(picture: Any, size: int) -> np.ndarray:
   return (page - MEAN) / STD
 
 
+def stretch(picture: Any, size: int) -> np.ndarray:
+  """Resizes both sides, floats, without antialiasing, as InstructPix2Pix's metrics do.
+
+  torch's `F.interpolate(mode="bicubic", align_corners=False)`: four taps of Keys' kernel
+  with a = -0.75 around each new pixel, whatever the scale; overshoots stay.
+
+  Args:
+    picture: PIL image.
+    size: pixels a side.
+
+  Returns:
+    [size, size, 3] fp32, normalised.
+  """
+  pixels = np.asarray(picture.convert("RGB"), np.float32) / 255
+  rows, columns = (_cubic_taps(n, size) for n in pixels.shape[:2])
+  resized = np.einsum("yh,hwc->ywc", rows, pixels, optimize=True)
+  resized = np.einsum("xw,ywc->yxc", columns, resized, optimize=True)
+  return ((resized - MEAN) / STD).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=16)
+def _cubic_taps(old: int, new: int) -> np.ndarray:
+  """[new, old] weights of each old pixel in each new one."""
+  a = -0.75
+  at = (np.arange(new) + 0.5) * old / new - 0.5
+  first = np.floor(at).astype(int)
+  weights = np.zeros((new, old))
+  for tap in range(-1, 3):
+    x = np.abs(at - (first + tap))
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+    place = np.clip(first + tap, 0, old - 1)
+    np.add.at(weights, (np.arange(new), place), np.where(x <= 1, near, far))
+  return weights.astype(np.float32)
+
+
+def crop_imagenet(picture: Any, size: int) -> np.ndarray:
+  """Resizes the shortest side to 8/7 of `size` and cuts the middle out, as for DINO.
+
+  Args:
+    picture: PIL image.
+    size: pixels a side; 224 of 256 in DINO's own evaluation.
+
+  Returns:
+    [size, size, 3] fp32, normalised by ImageNet's mean and std.
+  """
+  picture = _shortest_to(picture.convert("RGB"), size * 8 // 7)
+  left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
+  pixels = np.asarray(picture.crop((left, top, left + size, top + size)), np.float32)
+  return (pixels / 255 - IMAGENET_MEAN) / IMAGENET_STD
+
+
 WAYS: dict[str, Callable[[Any, int], np.ndarray]] = {
   "crop_rgb": crop_rgb,
   "crop_late": crop_late,
   "letterbox": letterbox,
+  "stretch": stretch,
+  "crop_imagenet": crop_imagenet,
 }
 WORDS = {
   "crop_rgb": "RGB, PIL bicubic to shortest side {size}, centre crop "
@@ -154,6 +214,10 @@ WORDS = {
   "Resize and CenterCrop), mean and std of CLIP",
   "letterbox": "RGB, floats, antialiased bicubic to longest side {size}, black bars "
   "(HPS v2 on torchvision 0.17 or later), mean and std of CLIP",
+  "stretch": "RGB, floats, bicubic without antialiasing to {size} x {size} (torch's "
+  "interpolate, as InstructPix2Pix), mean and std of CLIP",
+  "crop_imagenet": "RGB, PIL bicubic to shortest side 8/7 of {size}, centre crop, mean and "
+  "std of ImageNet",
 }
 
 

@@ -1,7 +1,7 @@
 """Scorers by name, with one call signature.
 
   scorer = scorers.get("hps_v2.1", path="...", mesh=mesh)
-  scorer(images, prompts, seeds=None, names=None) -> [n] fp64
+  scorer(images, prompts, seeds=..., sources=..., ...) -> [n] fp64; `scorer.Told`
   scorer.name, .version, .measures, .scale, .preprocessing, .higher_is_better, .identity
   scorer.description()   all of these but `measures`, as JSON takes it
   scorer.release()       gives the weights' memory back
@@ -19,7 +19,15 @@ import jax
 
 from lpo_jax import tables
 from lpo_jax.errors import unknown_name
-from lpo_jax.scoring import clip_scorers, digits, external, image_reward
+from lpo_jax.scoring import (
+  clip_scorers,
+  digit_edits,
+  digit_people,
+  digits,
+  edit_scorers,
+  external,
+  image_reward,
+)
 from lpo_jax.scoring.networks import Place
 from lpo_jax.scoring.scorer import Formula, Scorer
 
@@ -51,6 +59,48 @@ def _digits_legibility(*, mesh: jax.sharding.Mesh | None = None) -> Scorer:
     "0 or 1",
     "mean ink of 3 x 3 pixel cells",
     digits.legibility,
+  )
+
+
+def _digits_edit(*, mesh: jax.sharding.Mesh | None = None) -> Scorer:
+  del mesh
+  return Formula(
+    "digits_edit",
+    "1",
+    "How well the ink of an edit lies where the instruction, done to that very source, "
+    "would have it (Dice's overlap: 0 to 1).",
+    "overlap, 0 to 1",
+    "none",
+    digit_edits.match,
+    needs=("sources",),
+  )
+
+
+def _digits_kept(*, mesh: jax.sharding.Mesh | None = None) -> Scorer:
+  del mesh
+  return Formula(
+    "digits_kept",
+    "1",
+    "Whether an independent reader, trained on real digits and edits of them, reads the "
+    "edit as it reads the source (0 or 1; the mean is the share kept).",
+    "0 or 1",
+    "mean ink of 3 x 3 pixel cells",
+    digit_edits.kept,
+    needs=("sources",),
+  )
+
+
+def _digits_person(*, path: str = "", mesh: jax.sharding.Mesh | None = None) -> Scorer:
+  del mesh
+  return Formula(
+    "digits_person",
+    "1",
+    "What the simulated person likes whom the image is for: bold or thin, upright or "
+    "tilted strokes, or a mixture, in units of the spread among drawings of one prompt.",
+    "spreads among the base's drawings of one prompt",
+    "none",
+    digit_people.liked_by(path),
+    needs=("users",),
   )
 
 
@@ -96,6 +146,43 @@ def _image_reward(
   return image_reward.ImageReward(place, path, tokenizer)
 
 
+def _of_edits(make: Callable[[Place, str, str], Scorer]) -> Callable[..., Scorer]:
+  """A factory of a scorer made of CLIP, from (place, path, tokenizer)."""
+
+  def factory(
+    *,
+    path: str = "",
+    tokenizer: str = "",
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str = "float32",
+    batch_size: int = BATCH_SIZE,
+  ) -> Scorer:
+    return make(Place.of(mesh, dtype, batch_size), path, tokenizer)
+
+  return factory
+
+
+def _dino(other: str) -> Callable[..., Scorer]:
+  def make(
+    *,
+    path: str = "",
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str = "float32",
+    batch_size: int = BATCH_SIZE,
+  ) -> Scorer:
+    return edit_scorers.Dino(Place.of(mesh, dtype, batch_size), path, other=other)
+
+  return make
+
+
+def _l1(other: str) -> Callable[..., Scorer]:
+  def make(*, mesh: jax.sharding.Mesh | None = None) -> Scorer:
+    del mesh
+    return edit_scorers.l1(other)
+
+  return make
+
+
 def _external(*, path: str = "", mesh: jax.sharding.Mesh | None = None) -> Scorer:
   del mesh
   return external.External(path)
@@ -105,9 +192,29 @@ def _external(*, path: str = "", mesh: jax.sharding.Mesh | None = None) -> Score
 SCORERS: dict[str, Callable[..., Scorer]] = {
   "digits_taste": _digits_taste,
   "digits_legibility": _digits_legibility,
+  "digits_person": _digits_person,
+  "digits_edit": _digits_edit,
+  "digits_kept": _digits_kept,
   **{p.name: _cosine(p) for p in clip_scorers.COSINES},
   **{p.name: _aesthetic(p) for p in clip_scorers.AESTHETICS},
   "image_reward": _image_reward,
+  # Of edits: what they need of a prompt set is in `Scorer.needs`.
+  "clip_direction": _of_edits(
+    lambda place, *paths: edit_scorers.Direction(edit_scorers.DIRECTION, place, *paths)
+  ),
+  "clip_caption": _of_edits(
+    lambda place, *paths: edit_scorers.Caption(edit_scorers.CAPTION, place, *paths)
+  ),
+  "clip_image_source": _of_edits(
+    lambda place, *paths: edit_scorers.ImageSimilarity(place, *paths, other="sources")
+  ),
+  "clip_image_target": _of_edits(
+    lambda place, *paths: edit_scorers.ImageSimilarity(place, *paths, other="targets")
+  ),
+  "dino_source": _dino("sources"),
+  "dino_target": _dino("targets"),
+  "l1_source": _l1("sources"),
+  "l1_target": _l1("targets"),
   "external": _external,
 }
 

@@ -9,9 +9,10 @@ from PIL import Image
 from lpo_jax.data import image_folders
 from lpo_jax.data.image_folders import Case
 from lpo_jax.errors import UserError
+from lpo_jax.types import Prompt
 
 CASES = [
-  Case(index, row, prompt, seed)
+  Case(index, row, Prompt(prompt), seed)
   for index, (row, prompt, seed) in enumerate(
     [
       (0, "a cat", 5),

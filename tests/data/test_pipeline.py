@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from lpo_jax.data import draws, packing, pipeline, references
+from lpo_jax.data import draws, fingerprints, packing, pipeline, references
 from lpo_jax.data.lists import RankedLists
 from lpo_jax.errors import UserError
 from lpo_jax.types import Batch, Conditioning
@@ -576,3 +576,19 @@ def test_noise_repeats_after_so_many_epochs_and_errors_are_read_with_it():
     )
   with pytest.raises(UserError, match=r"lacks errors of epoch 2"):
     _take(_batches(cache, slots=5, references=store), 3)
+
+
+def test_the_source_of_an_edit_is_part_of_what_a_run_learns_from():
+  cache = edits([2, 3, 2, 4])
+  batches = _batches(cache, slots=11)
+  found, state = fingerprints.of_lists(cache.lists), batches.get_state()
+  other = edits([2, 3, 2, 4])
+  changed = other.lists.source_image.copy()
+  changed[1] += 1
+  other.lists = dataclasses.replace(other.lists, source_image=changed)
+  theirs = fingerprints.of_lists(other.lists)
+  assert theirs["lists"] != found["lists"] and theirs["images"] == found["images"]
+  with pytest.raises(UserError, match="lists"):
+    _batches(other, slots=11).set_state(state)
+  plain = MemoryCache([2, 3, 2, 4])
+  assert fingerprints.of_lists(plain.lists)["lists"] != found["lists"]

@@ -9,6 +9,7 @@ from pyarrow import parquet
 
 from lpo_jax.data import prompts, published_prompts
 from lpo_jax.errors import UserError
+from lpo_jax.types import Prompt
 
 TEXTS = ["a cat", 'two "dogs", one tail', "a\u2028line"]
 STYLES = ["animals", "animals", ""]
@@ -197,3 +198,58 @@ def test_every_pin_is_a_whole_hash():
     for file in files:
       assert len(file.sha256) in (0, 64), name
       assert file.revision == "main" or len(file.revision) == 40, name
+
+
+# What published sets call instruction, source, right edit and captions.
+EDITS = {
+  "canonical": ("instruction", "cond_image", "target_image", "source_caption", "target_caption"),
+  "instructpix2pix": (
+    *("edit_prompt", "original_image", "edited_image"),
+    *("original_prompt", "edited_prompt"),
+  ),
+  "magicbrush": ("instruction", "source_img", "target_img", "source_caption", "target_caption"),
+  "hq_edit": ("edit", "input_image", "output_image", "input", "output"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_edits_come_with_their_pictures_and_captions(tmp_path, kind):
+  """Bytes, or as the Hub's sets have images: bytes with the name they had."""
+  names = EDITS[kind]
+  pictures = [b"s", b"t"]
+  if kind != "canonical":
+    pictures = [{"bytes": data, "path": "../x.jpg"} for data in pictures]
+  values = ["make it bold", *pictures, "a seven", "a bold seven"]
+  path = tmp_path / "set.parquet"
+  table = pa.table({n: [v] for n, v in zip(names, values, strict=True)})
+  parquet.write_table(table, path)
+  found = prompts.load(path)
+  assert found.rows == (
+    Prompt("make it bold", "", b"s", b"t", "a seven", "a bold seven"),
+  )
+  assert found.facts()["edits"] == 1 and "'s'" not in repr(found)
+
+
+def test_pictures_beside_the_file_are_part_of_its_hash(tmp_path):
+  (tmp_path / "a.png").write_bytes(b"one")
+  path = tmp_path / "set.jsonl"
+  rows = [{"instruction": "x", "prompt": "y", "cond_image": "a.png"}] * 2
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  found = prompts.load(path)
+  assert [row.source for row in found.rows] == [b"one"] * 2 and found.texts == (
+    "x",
+  ) * 2
+  assert found.repeated == 1
+  (tmp_path / "a.png").write_bytes(b"two")
+  again = prompts.load(path)
+  assert again.sha256 != found.sha256
+  assert again.rows[0].key != found.rows[0].key
+  with pytest.raises(UserError, match="has the hash"):
+    prompts.load(path, sha256=found.sha256)
+  # Without a picture an instruction is no column of prompts.
+  path.write_text('{"instruction": "x", "prompt": "y"}\n')
+  assert prompts.load(path).rows == (Prompt("y"),)
+  for name, message in (("b.png", "cannot be read"), ("../a.png", "outside")):
+    path.write_text(json.dumps({"instruction": "x", "cond_image": name}) + "\n")
+    with pytest.raises(UserError, match=message):
+      prompts.load(path)

@@ -1,5 +1,7 @@
 """A widened UNet predicts what it did, whatever the source; others are refused."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ def test_a_widened_unet_predicts_the_same(tiny_world, tmp_path):
   folder = tmp_path / "editing_base"
   before = pretrained.load(tiny_world.pipeline, "unet")
   after = pretrained.load(folder, "unet")
+  index = json.loads((folder / "model_index.json").read_text("utf-8"))
+  assert index["_class_name"] == "StableDiffusionInstructPix2PixPipeline"
   channels = before.config["in_channels"]
   assert after.config["in_channels"] == 2 * channels
   rng = np.random.default_rng(0)

@@ -16,7 +16,8 @@ IMAGES = np.zeros((2, 32, 32, 3), np.uint8)
 def test_every_scorer_says_what_it_is():
   for name in set(scorers.SCORERS) - {"external"}:
     scorer = scorers.get(name)
-    assert scorer.name == name and scorer.higher_is_better
+    assert scorer.name == name
+    assert scorer.higher_is_better != name.startswith("l1_")
     for words in (scorer.version, scorer.measures, scorer.scale, scorer.preprocessing):
       assert words, name
     assert scorer([], []).shape == (0,)
