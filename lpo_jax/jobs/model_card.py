@@ -79,7 +79,7 @@ def write(
       f"{KINDS[exported.kind]} of {base} after {exported.step} updates of preference "
       f"tuning with the objective {objective}, made with lpo_jax."
     ),
-    usage=_markup(USAGE[exported.kind](config, exported)),
+    usage=_markup(usage(config, exported)),
     training=[(_safe(k), _safe(v)) for k, v in training(config, exported)],
     data=[[(_safe(k), _safe(v)) for k, v in rows] for rows in data(config, workdir)],
     evaluation=_markup(evaluation(measured)),
@@ -135,10 +135,10 @@ def front_matter(config: ml_collections.ConfigDict, exported: Exported) -> str:
   datasets = sorted({match[1] for match in found if match})
   if datasets:
     known["datasets"] = datasets
-  tags = ["text-to-image", "preference-tuning", config.objective.name, "lpo_jax"]
+  tags = [task(config), "preference-tuning", config.objective.name, "lpo_jax"]
   tags += [exported.kind] if exported.kind in ("lora", "ip_adapter") else []
   fields = ModelCardData(
-    library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **known
+    library_name="diffusers", pipeline_tag=tags[0], tags=tags, **known
   )
   return f"---\n{fields.to_yaml()}\n---\n"
 
@@ -349,49 +349,64 @@ def versions() -> list[tuple[str, str]]:
   return found + [(name, importlib.metadata.version(name)) for name in PACKAGES]
 
 
-def _use_pipeline(config: ml_collections.ConfigDict, exported: Exported) -> str:
+# What a pipeline is asked, by its task on the Hub.
+CALLS = {
+  "text-to-image": 'image = pipeline("a prompt").images[0]',
+  "image-to-image": 'image = pipeline("an instruction", image=source).images[0]',
+}
+
+
+def task(config: ml_collections.ConfigDict) -> str:
+  """What the base does: a key of `CALLS`."""
+  index = pretrained.local_folder(config.model.path) / "model_index.json"
+  name = json.loads(index.read_text("utf-8"))["_class_name"] if index.is_file() else ""
+  return "image-to-image" if "InstructPix2Pix" in name else "text-to-image"
+
+
+def usage(config: ml_collections.ConfigDict, exported: Exported) -> str:
+  """Python that draws with what was written."""
   where = config.export.push_to or "path/to/this/folder"
-  return (
-    "from diffusers import DiffusionPipeline\n\n"
-    f"pipeline = DiffusionPipeline.from_pretrained({where!r})\n"
-    'image = pipeline("a prompt").images[0]'
+  return USAGE[exported.kind](
+    where, base_name(config), exported.file, CALLS[task(config)]
   )
 
 
-def _use_unet(config: ml_collections.ConfigDict, exported: Exported) -> str:
-  where = config.export.push_to or "path/to/this/folder"
+def _use_pipeline(where: str, base: str, file: str, call: str) -> str:
+  return (
+    "from diffusers import DiffusionPipeline\n\n"
+    f"pipeline = DiffusionPipeline.from_pretrained({where!r})\n{call}"
+  )
+
+
+def _use_unet(where: str, base: str, file: str, call: str) -> str:
   return (
     "from diffusers import DiffusionPipeline, UNet2DConditionModel\n\n"
     f'unet = UNet2DConditionModel.from_pretrained({where!r}, subfolder="unet")\n'
-    f"pipeline = DiffusionPipeline.from_pretrained({base_name(config)!r}, unet=unet)\n"
-    'image = pipeline("a prompt").images[0]'
+    f"pipeline = DiffusionPipeline.from_pretrained({base!r}, unet=unet)\n{call}"
   )
 
 
-def _use_lora(config: ml_collections.ConfigDict, exported: Exported) -> str:
-  where = config.export.push_to or "path/to/this/folder"
+def _use_lora(where: str, base: str, file: str, call: str) -> str:
   return (
     "from diffusers import DiffusionPipeline\n\n"
-    f"pipeline = DiffusionPipeline.from_pretrained({base_name(config)!r})\n"
-    f"pipeline.load_lora_weights({where!r}, weight_name={exported.file!r})\n"
-    'image = pipeline("a prompt").images[0]'
+    f"pipeline = DiffusionPipeline.from_pretrained({base!r})\n"
+    f"pipeline.load_lora_weights({where!r}, weight_name={file!r})\n{call}"
   )
 
 
-def _use_ip_adapter(config: ml_collections.ConfigDict, exported: Exported) -> str:
-  where = config.export.push_to or "path/to/this/folder"
+def _use_ip_adapter(where: str, base: str, file: str, call: str) -> str:
+  told = call.replace(").images", ", ip_adapter_image_embeds=[people]).images")
   return (
     "import torch\nfrom diffusers import DiffusionPipeline\n\n"
-    f"pipeline = DiffusionPipeline.from_pretrained({base_name(config)!r})\n"
-    f"pipeline.load_ip_adapter({where!r}, subfolder='', weight_name={exported.file!r}, "
+    f"pipeline = DiffusionPipeline.from_pretrained({base!r})\n"
+    f"pipeline.load_ip_adapter({where!r}, subfolder='', weight_name={file!r}, "
     "image_encoder_folder=None)\n"
     "# [1, K, D] of a person (docs/personal.md), behind zeros: nobody, for guidance\n"
-    "people = torch.cat([torch.zeros_like(person), person])\n"
-    'image = pipeline("a prompt", ip_adapter_image_embeds=[people]).images[0]'
+    f"people = torch.cat([torch.zeros_like(person), person])\n{told}"
   )
 
 
-USAGE: dict[str, Callable[[ml_collections.ConfigDict, Exported], str]] = {
+USAGE: dict[str, Callable[[str, str, str, str], str]] = {
   "pipeline": _use_pipeline,
   "unet": _use_unet,
   "lora": _use_lora,

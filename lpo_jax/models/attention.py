@@ -1,8 +1,8 @@
 """Attention, through one door: implementations that agree, chosen by where they run.
 
 The scores of a long sequence to itself are the largest array a UNet makes (4096 x 4096
-for each head of each image). The kernels named "flash" and "cudnn" never write them; "chunked" writes
-a block of them at a time, everywhere; "xla" writes them.
+for each head of each image). The kernels named "flash" and "cudnn" never write them;
+"chunked" writes a block of them at a time, everywhere; "xla" writes them.
 """
 
 from __future__ import annotations

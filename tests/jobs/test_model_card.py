@@ -1,5 +1,6 @@
 """The model card of an export, and the real client that pushes it to a local server."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -12,6 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from lpo_jax import main
+from lpo_jax.configs import common
 from lpo_jax.errors import UserError
 from lpo_jax.jobs import model_card
 from lpo_jax.pretrained import publishing
@@ -174,6 +176,7 @@ os.environ.pop("HF_HUB_OFFLINE", None)
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_TOKEN"] = "good"
+from lpo_jax.configs import common
 from lpo_jax.errors import UserError
 from lpo_jax.pretrained import publishing
 
@@ -226,3 +229,19 @@ def test_offline_and_wrong_ids_are_refused(tmp_path):
   for wrong in ("it", "me/it@main", "a/b/c"):
     with pytest.raises(UserError, match="expected the id of a model"):
       publishing.push(tmp_path, wrong, **settings)
+
+
+def test_an_editor_is_asked_with_an_image(tmp_path):
+  index = {"_class_name": "StableDiffusionInstructPix2PixPipeline"}
+  (tmp_path / "model_index.json").write_text(json.dumps(index))
+  config = common.get_config()
+  config.model.path = str(tmp_path)
+  exported = model_card.Exported(tmp_path, "pipeline", 1, "nothing")
+  assert "pipeline_tag: image-to-image" in model_card.front_matter(config, exported)
+  for kind in model_card.USAGE:
+    asked = dataclasses.replace(exported, kind=kind, file="x.safetensors")
+    said = model_card.usage(config, asked)
+    compile(said, kind, "exec")
+    assert 'pipeline("an instruction", image=source' in said
+  (tmp_path / "model_index.json").unlink()
+  assert 'pipeline("a prompt"' in model_card.usage(config, exported)
