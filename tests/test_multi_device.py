@@ -99,6 +99,29 @@ def eight_devices(tiny_cache, tmp_path_factory):
   return workdir
 
 
+def test_stored_references_on_a_mesh(tiny_cache, eight_devices, tmp_path):
+  """To the bit where the same mesh computed them; those of one device, within rounding."""
+  of_one, steps = tmp_path / "of_one", "train.total_steps=3"
+  outcome = tiny_cache.run(of_one, steps, job="reference")
+  assert outcome.code == 0, outcome.text
+  mesh = ("mesh.data=4", "mesh.fsdp=2", "train.microbatch=8", steps)
+  same, other = tmp_path / "same", f"data.reference={of_one / 'reference'}"
+  jobs = [
+    [0, tiny_cache.arguments(same, *mesh, job="reference")],
+    [0, tiny_cache.arguments(same, *mesh, "data.reference=")],
+    [0, tiny_cache.arguments(of_one, *mesh, other)],
+  ]
+  run_jobs(tiny_cache, jobs, devices=8)
+  computed, same, moved = (
+    read_metrics(workdir / "metrics.jsonl")[:3]
+    for workdir in (eight_devices, same, of_one)
+  )
+  for name in ("loss", "ref_err", "grad_norm"):
+    expected = [row[name] for row in computed]
+    assert [row[name] for row in same] == expected, name
+    np.testing.assert_allclose([row[name] for row in moved], expected, rtol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def two_processes(tiny_world, tmp_path_factory):
   """Parameters split over two processes; the cache is theirs too."""
