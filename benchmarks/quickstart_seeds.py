@@ -1,8 +1,10 @@
-"""Runs the quickstart with several seeds and prints the table of docs/quickstart.md.
+"""Runs a quickstart with several seeds and prints the table of docs/quickstart.md.
 
   python benchmarks/quickstart_seeds.py --workdir runs/quickstart_seeds --seeds 0 1 2
 
-`--config dro_quickstart` does the same for docs/online.md.
+`--config dro_quickstart` does the same for docs/online.md, `--config edit_quickstart`
+for docs/editing.md, `--config personal_quickstart` for docs/personal.md: there the rows
+have people as units.
 
 A seed changes the candidates, the people's noise, and the order and noise of training;
 the evaluation's prompts and seeds stay. Runs that are done are not run again.
@@ -31,6 +33,12 @@ def run_seed(
   ]
   subprocess.run(command, check=True)
   rows = json.loads((workdir / "summary.json").read_text("utf-8"))
+  people = workdir / "evaluation" / "people.json"
+  if people.exists():
+    rows = [row for row in json.loads(people.read_text("utf-8")) if row["category"]]
+    rows = [
+      {**row, "candidate": f"{row['category']}: {row['candidate']}"} for row in rows
+    ]
   return rows, json.loads((workdir / "timings.json").read_text("utf-8"))
 
 

@@ -27,7 +27,6 @@ SAVE_EVERY_S = 60.0
 # What of `data` decides how an item is shown, besides its list.
 DRAWN_BY = (
   *("caption_dropout", "source_dropout", "both_dropout", "flip", "time_ids", "draws"),
-  *("user_dropout", "user_missing"),
 )
 
 
@@ -39,9 +38,13 @@ def folder_of(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathl
 def about(config: ml_collections.ConfigDict, lists: Any) -> dict[str, Any]:
   """Everything that the reference's errors depend on."""
   path, data = config.model.path, config.data
-  users = data.user_embeds and user_embeds.read(data.user_embeds).fingerprint()
+  users: dict[str, Any] = {}
+  if data.user_embeds is not None:
+    users = {key: data[key] for key in ("user_dropout", "user_missing")}
+    users["user_embeds"] = user_embeds.read(data.user_embeds).fingerprint()
+    users["users"] = fingerprints.of_users(lists)
   return {
-    "users": users and [users, fingerprints.of_users(lists)],
+    **users,
     "reference": pretrained.fingerprint(path, "unet"),
     "schedule": dict(pretrained.scheduler_config(path)),
     "dtype": config.model.dtype,
@@ -55,9 +58,9 @@ def about(config: ml_collections.ConfigDict, lists: Any) -> dict[str, Any]:
 
 def order(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """What decides which lists an update holds, besides the lists and the seed."""
-  slots = blueprints.slots_of_data(config)
-  held = config.data.held_out, config.data.held_out_users
-  return {"images_per_update": slots, "held_out": held[0], "held_out_users": held[1]}
+  slots, people = blueprints.slots_of_data(config), config.data.held_out_users
+  decided = {"images_per_update": slots, "held_out": config.data.held_out}
+  return decided | ({"held_out_users": people} if people else {})
 
 
 def open_for(

@@ -207,6 +207,7 @@ class ImageGrid:
       [R, K, H, W, 3] will do.
     scores: scores[candidate][scorer][row][k], shown under the images.
     pixelated: draw enlarged pixels as squares; None: where images are below 96 wide.
+    differs: what is another in each column.
   """
 
   candidates: Sequence[str]
@@ -217,6 +218,7 @@ class ImageGrid:
     default_factory=dict
   )
   pixelated: bool | None = None
+  differs: str = "the model"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,7 @@ def pixels(paths):
 
 def test_edits_are_compared_by_what_they_are_of(tiny_world, edits, tmp_path):
   folder, shown, right = edits
-  common = (
+  shared = (
     *DRAWING,
     f"model.path={folder / 'pipeline'}",
     f"eval.prompts={folder / 'rows.parquet'}",
@@ -63,7 +63,7 @@ def test_edits_are_compared_by_what_they_are_of(tiny_world, edits, tmp_path):
     f"eval.candidates.base={folder / 'pipeline'}",
     f"eval.candidates.unseeing={folder / 'editing_base'}",
   )
-  outcome = tiny_world.run(tmp_path, *common, job="evaluate")
+  outcome = tiny_world.run(tmp_path, *shared, job="evaluate")
   assert outcome.code == 0, outcome.text
   place = tmp_path / "evaluation"
   images = pixels(sorted((place / "base").glob("*.png")))
@@ -92,12 +92,12 @@ def test_edits_are_compared_by_what_they_are_of(tiny_world, edits, tmp_path):
   others = sampling.decided_by(common.get_config(), rows)
   assert others["sources"] != drawn["sources"]
   assert sampling.decided_by(common.get_config(), [Prompt("a seven")]) == {}
-  refused = tiny_world.run(tmp_path, *common, "eval.scorers=('clip_caption',)",
+  refused = tiny_world.run(tmp_path, *shared, "eval.scorers=('clip_caption',)",
                            job="evaluate")  # fmt: skip
   assert (
     refused.code == 2 and "needs a column target_caption, and 4 of 4" in refused.text
   )
-  plain = (*common, "eval.prompts=('make it bold',)", "eval.scorers=('digits_taste',)")
+  plain = (*shared, "eval.prompts=('make it bold',)", "eval.scorers=('digits_taste',)")
   refused = tiny_world.run(tmp_path, *plain, job="evaluate")
   assert refused.code == 2 and "edits images, and the prompts have none" in refused.text
 
@@ -148,59 +148,101 @@ def test_generated_lists_are_edits_of_their_sources(edits, generated):
   assert len(set(found.source_image.tolist())) == 4
 
 
-def test_an_editor_is_trained_on_rankings_and_exported(
-  tiny_world, edits, generated, tmp_path
-):
-  """With samples of edits on the way; diffusers loads it by the class it names."""
-  folder, shown, _ = edits
-  common = (
-    *DRAWING,
-    f"model.path={folder / 'pipeline'}",
-    f"data.path={generated}",
-    f"data.cache={tmp_path / 'cache'}",
-    "data.source_dropout=0.05",
-    "data.both_dropout=0.05",
-    f"eval.prompts={folder / 'rows.parquet'}",
-    "eval.scorers=('digits_edit','l1_target')",
-  )
-  for job, *more in (
-    ("inspect",),
-    ("cache",),
-    ("train", "eval.every=2", "train.total_steps=2"),
-    ("export",),
-  ):
-    outcome = tiny_world.run(tmp_path, *common, *more, job=job)
-    assert outcome.code == 0, outcome.text
-  # The evaluation's digits are those of the lists, instruction and all.
-  report = json.loads((tmp_path / "data_report.json").read_text())
-  assert (report["prompts"]["evaluation"], report["prompts"]["leaked"]) == (4, 4)
+def test_an_instruction_leaks_only_with_its_picture(edits, generated, tmp_path):
+  folder, _, _ = edits
+  source = sources.read(generated)
+  found = inspect_facts.texts(source, str(folder / "rows.parquet"), "")
+  assert (found["evaluation"], found["leaked"]) == (4, 4)
   others = digits.real_digits()[0][4:8]
   columns = {"instruction": TEXTS * 2, "cond_image": [encode_png(x) for x in others]}
   parquet.write_table(pa.table(columns), tmp_path / "others.parquet")
-  found = inspect_facts.texts(
-    sources.read(generated), str(tmp_path / "others.parquet"), ""
-  )
+  found = inspect_facts.texts(source, str(tmp_path / "others.parquet"), "")
   assert (found["evaluation"], found["leaked"]) == (4, 0)
-  last = read_metrics(tmp_path / "metrics.jsonl")[-1]
-  assert 0 < last["score/digits_edit"] < 1 and last["score/l1_target"] > 0
-  grid = np.asarray(Image.open(tmp_path / "samples" / "step_000002.png"))
+
+
+STEPS = 12
+# The smoke form with one method fewer: compiling is what it takes time for.
+ONE_METHOD = """
+from lpo_jax.configs import edit_quickstart
+
+
+def get_config(arg=""):
+  config = edit_quickstart.get_config("smoke")
+  with config.unlocked():
+    del config.quickstart.methods["dpo"]
+  return config
+"""
+
+
+@pytest.fixture(scope="module")
+def quickstart(tiny_world, front_door, tmp_path_factory):
+  """The editing quickstart's smoke form on the tiny pipeline, samples on the way."""
+  workdir = tmp_path_factory.mktemp("quickstart")
+  (workdir / "one_method.py").write_text(ONE_METHOD)
+  outcome = front_door(
+    f"--config={workdir / 'one_method.py'}",
+    f"--workdir={workdir}",
+    f"--config.model.path={tiny_world.pipeline}",
+    f"--config.eval.every={STEPS}",
+    f"--config.train.checkpoint_every={STEPS}",
+    "--config.logging.report=",
+  )
+  assert outcome.code == 0, outcome.text
+  return workdir
+
+
+def test_the_editing_quickstart_goes_from_end_to_end(quickstart):
+  rows = json.loads((quickstart / "summary.json").read_text())
+  pairs = {(row["candidate"], row["baseline"]) for row in rows}
+  assert pairs == {("lpo", "sft")}
+  assert {row["scorer"] for row in rows} == {"digits_edit", "digits_kept", "l1_target"}
+  page = (quickstart / "report.html").read_text()
+  assert "teaching an editor" in page and "right edit" in page
+  # Digits to evaluate on are none of those that were ranked, whatever the instruction.
+  report = json.loads((quickstart / "data_report.json").read_text())
+  assert (report["prompts"]["evaluation"], report["prompts"]["leaked"]) == (16, 0)
+  for method in ("sft", "lpo"):
+    config = json.loads((quickstart / method / "config.json").read_text())
+    dropout = [config["data"][f"{k}_dropout"] for k in ("caption", "source", "both")]
+    assert dropout == [0.05] * 3 and config["objective"]["name"] == method
+    last = read_metrics(quickstart / method / "metrics.jsonl")[-1]
+    assert last["step"] == STEPS
+    assert 0 < last["score/digits_edit"] < 1 and last["score/l1_target"] > 0
+
+
+def test_samples_begin_with_what_is_edited(quickstart):
+  grid = np.asarray(Image.open(quickstart / "lpo" / "samples" / "step_000012.png"))
+  rows = parquet.read_table(quickstart / "edits_to_make.parquet").to_pylist()[:8]
   side = digits.SIZE
-  assert grid.shape == (4 * side, 3 * side, 3)  # a row: the source and two seeds
-  np.testing.assert_array_equal(grid[:, :side], np.concatenate(list(shown)))
-  index = json.loads((tmp_path / "export" / "model_index.json").read_text())
-  assert index["_class_name"] == "StableDiffusionInstructPix2PixPipeline"
+  assert grid.shape == (8 * side, 3 * side, 3)  # a row: the source and two seeds
+  shown = [decoding.decode(row["cond_image"]) for row in rows]
+  np.testing.assert_array_equal(grid[:, :side], np.concatenate(shown))
+
+
+def test_exports_name_the_class_that_edits(quickstart):
+  for folder in (quickstart / "editor", quickstart / "lpo" / "export"):
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionInstructPix2PixPipeline"
 
 
 @pytest.mark.slow
-def test_the_editing_quickstart_from_end_to_end(tmp_path):
-  """A new process, as a user would; all files of its report are there."""
+def test_the_smoke_form_as_a_user_runs_it_and_diffusers_opens_what_comes(tmp_path):
+  """Both methods on the shipped base, and the export, in processes of their own."""
+  pytest.importorskip("torch")
   command = [sys.executable, "-m", "lpo_jax.main", "--config=edit_quickstart.py:smoke"]
   subprocess.run([*command, f"--workdir={tmp_path}"], check=True)
   rows = json.loads((tmp_path / "summary.json").read_text())
   pairs = {(row["candidate"], row["baseline"]) for row in rows}
-  assert {("lpo", "sft"), ("dpo", "sft")} <= pairs
-  assert {row["scorer"] for row in rows} == {"digits_edit", "digits_kept", "l1_target"}
-  page = (tmp_path / "report.html").read_text()
-  assert "teaching an editor" in page and "wins" in page
-  index = json.loads((tmp_path / "lpo" / "export" / "model_index.json").read_text())
-  assert index["_class_name"] == "StableDiffusionInstructPix2PixPipeline"
+  assert {("lpo", "sft"), ("dpo", "sft"), ("lpo", "dpo")} <= pairs
+  source = (
+    "import sys, diffusers, numpy as np\n"
+    "from PIL import Image\n"
+    "pipeline = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])\n"
+    "image = Image.fromarray(np.full((32, 32, 3), 200, np.uint8))\n"
+    "done = pipeline('make it bold', image=image, num_inference_steps=2).images[0]\n"
+    "print(type(pipeline).__name__, done.size)\n"
+  )
+  command = [sys.executable, "-c", source, str(tmp_path / "lpo" / "export")]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert done.stdout == "StableDiffusionInstructPix2PixPipeline (32, 32)\n"
