@@ -45,7 +45,7 @@ def main() -> None:
       image = Image.open(flags.workdir / "evaluation" / candidate / file)
       image = image.resize((SCALE * 32,) * 2, Image.Resampling.BICUBIC)
       page.paste(image, (x * side, HEAD + y * side))
-  page.save(flags.out, optimize=True)
+  page.convert("L").save(flags.out, optimize=True)
   print({words: user for words, (_, user) in columns.items()})
 
 

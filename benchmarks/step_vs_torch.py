@@ -1,7 +1,8 @@
-"""The train step beside PyTorch's on the same cores, and packed lists beside padded ones.
+"""The train step beside PyTorch's, packed lists beside padded ones, and how cost grows.
 
   python benchmarks/step_vs_torch.py                  DPO: ours, torch, ours, torch, ...
   python benchmarks/step_vs_torch.py --what packing   LPO: packed slots, padded lists
+  python benchmarks/step_vs_torch.py --what growth    LPO: twice of one thing each
 
 Both sides of `torch` run the step of Diffusion-DPO's script in fp32: a policy and a
 reference UNet, 8 pairs of 4x32x32 latents with t and noise shared in a pair, clipping at
@@ -9,16 +10,22 @@ reference UNet, 8 pairs of 4x32x32 latents with t and noise shared in a pair, cl
 (widths 64, 128, 128; two layers a block; 8 heads). Each turn is a process of its own that
 warms up, then times `--steps` steps; sides alternate, and the ratio is that of the
 medians. `packing` runs our step twice over the same lists of 2 to 8: in slots that are
-all used, and each list padded to 8 as rows of a rectangular batch.
+all used, and each list padded to 8 as rows of a rectangular batch. `growth` runs our step
+of 16 images, then with twice the images, lists twice as long, twice the resolution, and
+over 8 pretended devices of the same cores.
+
+Seconds are by the clock, and of the processor for a machine with other work.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -42,8 +49,24 @@ SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end":
 FALL, LONGEST = 0.337, 8
 
 
-def ours(lists: list[int], slots: int, name: str, steps: int) -> list[float]:
-  """Seconds of our steps over lists of these lengths in so many slots."""
+Seconds = list[tuple[float, float]]  # of each step: by the clock, of the processor
+
+
+def timed(one: Callable[[], None], steps: int) -> Seconds:
+  """Times steps after one that warms up."""
+  seconds = []
+  for _ in range(steps + 1):
+    began, processor_began = time.perf_counter(), time.process_time()
+    one()
+    now = time.perf_counter(), time.process_time()
+    seconds.append((now[0] - began, now[1] - processor_began))
+  return seconds[1:]
+
+
+def ours(
+  lists: list[int], slots: int, name: str, steps: int, side: int = 32
+) -> Seconds:
+  """Our steps over lists of these lengths in so many slots of `side` x `side` latents."""
   import jax
   import jax.numpy as jnp
 
@@ -53,7 +76,7 @@ def ours(lists: list[int], slots: int, name: str, steps: int) -> list[float]:
   from lpo_jax.types import Batch, Conditioning, Ranking
 
   mesh = parallel.make_mesh()
-  model = models.build(UNET, dtype=jnp.float32)
+  model = models.build({**UNET, "sample_size": side}, dtype=jnp.float32)
   rng = np.random.default_rng(0)
   shapes = model.abstract_params
 
@@ -86,7 +109,7 @@ def ours(lists: list[int], slots: int, name: str, steps: int) -> list[float]:
     item[start : start + length] = np.arange(length)
     start += room or length
   batch = Batch(
-    moments=rng.standard_normal((slots, 32, 32, 8)).astype(np.float32),
+    moments=rng.standard_normal((slots, side, side, 8)).astype(np.float32),
     conditioning=Conditioning(
       rng.standard_normal((slots, TOKENS, 64)).astype(np.float32)
     ),
@@ -106,17 +129,17 @@ def ours(lists: list[int], slots: int, name: str, steps: int) -> list[float]:
   compiled = step.compile_train_step(
     mesh, current, reference, batch, method=method, optimizer=adamw
   )
-  seconds = []
-  for _ in range(steps + 1):
-    began = time.perf_counter()
+
+  def one() -> None:
+    nonlocal current
     current, metrics = compiled(current, reference, batch)
     jax.block_until_ready((current, metrics))
-    seconds.append(time.perf_counter() - began)
-  return seconds[1:]  # the first warms up
+
+  return timed(one, steps)
 
 
-def theirs(steps: int) -> list[float]:
-  """Seconds of the steps of Diffusion-DPO's script in PyTorch."""
+def theirs(steps: int) -> Seconds:
+  """The steps of Diffusion-DPO's script in PyTorch."""
   import torch
   from diffusers import DDPMScheduler, UNet2DConditionModel
 
@@ -147,12 +170,7 @@ def theirs(steps: int) -> list[float]:
     adamw.step()
     adamw.zero_grad()
 
-  seconds = []
-  for _ in range(steps + 1):
-    began = time.perf_counter()
-    one()
-    seconds.append(time.perf_counter() - began)
-  return seconds[1:]
+  return timed(one, steps)
 
 
 def lengths(count: int) -> list[int]:
@@ -165,49 +183,92 @@ def lengths(count: int) -> list[int]:
   return [length for length, n in enumerate(whole, 2) for _ in range(n)]
 
 
-def sides(what: str, steps: int) -> dict:
-  """Name -> what runs a turn of that side, and how many images a step has."""
+@dataclasses.dataclass(frozen=True)
+class Side:
+  """One row of a table.
+
+  Attributes:
+    run: a turn: runs steps, returns their seconds.
+    images: of a step.
+    devices: pretended ones, of the same cores.
+  """
+
+  run: Callable[[], Seconds]
+  images: int
+  devices: int = 1
+
+
+def sides(what: str, steps: int) -> dict[str, Side]:
+  """Rows by name."""
+  pairs = [2] * PAIRS
+  images = 2 * PAIRS
   if what == "torch":
-    pairs = [2] * PAIRS
     return {
-      "lpo_jax": (lambda: ours(pairs, 2 * PAIRS, "dpo", steps), 2 * PAIRS),
-      "PyTorch": (lambda: theirs(steps), 2 * PAIRS),
+      "lpo_jax": Side(lambda: ours(pairs, images, "dpo", steps), images),
+      "PyTorch": Side(lambda: theirs(steps), images),
+    }
+  if what == "growth":
+    fours = [4] * (PAIRS // 2)
+    return {
+      "16 images, lists of 2": Side(lambda: ours(pairs, images, "lpo", steps), images),
+      "32 images": Side(lambda: ours(pairs * 2, 2 * images, "lpo", steps), 2 * images),
+      "lists of 4": Side(lambda: ours(fours, images, "lpo", steps), images),
+      "64 x 64 latents": Side(lambda: ours(pairs, images, "lpo", steps, 64), images),
+      "8 devices": Side(lambda: ours(pairs, images, "lpo", steps), images, devices=8),
     }
   lists = lengths(6)
   used = sum(lists)
   return {
-    "packed": (lambda: ours(lists, used, "lpo", steps), used),
-    "padded": (lambda: ours(lists, LONGEST * len(lists), "lpo", steps), used),
+    "packed": Side(lambda: ours(lists, used, "lpo", steps), used),
+    "padded": Side(lambda: ours(lists, LONGEST * len(lists), "lpo", steps), used),
   }
 
 
+def turn(name: str, side: Side) -> Seconds:
+  """Runs a side in a process of its own."""
+  flags = os.environ.get("XLA_FLAGS", "")
+  if side.devices > 1:
+    flags += f" --xla_force_host_platform_device_count={side.devices}"
+  done = subprocess.run(
+    [sys.executable, *sys.argv, "--side", name],
+    stdout=subprocess.PIPE,
+    check=True,
+    text=True,
+    env={**os.environ, "XLA_FLAGS": flags},
+  )
+  return [tuple(pair) for pair in json.loads(done.stdout.splitlines()[-1])]
+
+
 def main() -> None:
-  """Alternates the sides; prints a table and the ratio of the medians."""
+  """Alternates the sides; prints a table, each row beside the first."""
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--what", choices=("torch", "packing"), default="torch")
+  parser.add_argument("--what", choices=("torch", "packing", "growth"), default="torch")
   parser.add_argument("--turns", type=int, default=3, help="of each side")
   parser.add_argument("--steps", type=int, default=4, help="timed in a turn")
   parser.add_argument("--side", help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   table = sides(arguments.what, arguments.steps)
   if arguments.side:
-    print(json.dumps(table[arguments.side][0]()))
+    print(json.dumps(table[arguments.side].run()))
     return
-  times: dict[str, list[float]] = {name: [] for name in table}
+  times: dict[str, Seconds] = {name: [] for name in table}
   for _ in range(arguments.turns):
-    for name in table:
-      command = [sys.executable, *sys.argv, "--side", name]
-      done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-      times[name] += json.loads(done.stdout.splitlines()[-1])
-  print("| side | median s | min s | max s | images/s |\n|---|---|---|---|---|")
-  for name, seconds in times.items():
-    middle = statistics.median(seconds)
+    for name, side in table.items():
+      times[name] += turn(name, side)
+  print(
+    "| side | s a step, median | least | most | images/s | s / first's "
+    "| processor s | processor s / first's |\n|---|--:|--:|--:|--:|--:|--:|--:|"
+  )
+  first = None
+  for name, pairs in times.items():
+    clock, processor = ([pair[i] for pair in pairs] for i in (0, 1))
+    middle = statistics.median(clock), statistics.median(processor)
+    first = first or middle
     print(
-      f"| {name} | {middle:.2f} | {min(seconds):.2f} | {max(seconds):.2f} "
-      f"| {table[name][1] / middle:.2f} |"
+      f"| {name} | {middle[0]:.2f} | {min(clock):.2f} | {max(clock):.2f} "
+      f"| {table[name].images / middle[0]:.2f} | {middle[0] / first[0]:.2f} "
+      f"| {middle[1]:.1f} | {middle[1] / first[1]:.2f} |"
     )
-  first, second = (statistics.median(seconds) for seconds in times.values())
-  print(f"\n{' / '.join(reversed(times))}, seconds a step: {second / first:.2f}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ that is told who it draws for, on real images, in minutes.
 
 Hardware: 2 CPU cores, at most 6 minutes. Expected, for people never trained on: win rate
 over the model told of nobody 0.79 to 0.84, over itself told of another person 0.71 to
-0.80, each with an interval above 0.6 (three seeds: docs/personal.md). `:smoke` is the same in about a minute, with too
-few people for any claim.
+0.80, each with an interval above 0.6 (three seeds: docs/personal.md). `:smoke` is the same
+in about a minute, with too few people for any claim.
 
 Numbers without a source are unpublished; chosen on this world by trial, see
 docs/personal.md.

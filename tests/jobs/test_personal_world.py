@@ -174,3 +174,15 @@ def test_the_report_shows_a_prompt_and_seed_for_different_people(world, tmp_path
   row = personal_report.of_group(found.people, "held_out", "common")
   assert personal_report.interval(row) in text
   assert "whom it is for" in text and "what differs is the model" not in text
+
+
+@pytest.mark.slow  # about a minute on two cores
+def test_the_smoke_quickstart_goes_all_the_way(front_door, tmp_path):
+  outcome = front_door(
+    "--config=configs/personal_quickstart.py:smoke", f"--workdir={tmp_path}"
+  )
+  assert outcome.code == 0, outcome.text
+  assert "diffusers predicts the same" in outcome.text
+  for file in ("report.html", "summary.json", "evaluation/people.json"):
+    assert (tmp_path / file).is_file()
+  assert (tmp_path / "personal" / "export" / "ip_adapter.safetensors").is_file()
