@@ -137,9 +137,7 @@ def long_run(workdir: pathlib.Path, updates: int) -> list[tuple[str, str]]:
   rows = read_metrics(workdir / "long" / "metrics.jsonl")[1:]
   # A row is written once the next step is on its way, and before a save: the time of a
   # save is in the row after it.
-  seconds = {
-    b["step"]: b["time"] - a["time"] for a, b in itertools.pairwise(rows)
-  }
+  seconds = {b["step"]: b["time"] - a["time"] for a, b in itertools.pairwise(rows)}
   quiet = [s for step, s in seconds.items() if step % EVERY > 2]
   median = statistics.median(quiet)
   cuts = statistics.quantiles(quiet, n=100)

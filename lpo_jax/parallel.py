@@ -123,7 +123,6 @@ def mesh_of(
   return make_mesh(**sizes, devices=devices)
 
 
-
 def group_slices(devices: Sequence[Any], slices: int = -1) -> list[list[Any]]:
   """Groups devices by the slice in which they are.
 

@@ -1,9 +1,12 @@
 """Users in a UNet: nothing at first, diffusers' IP-Adapter afterwards."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import numpy
 
 from lpo_jax import models, pretrained, trees
 from lpo_jax.errors import UserError
@@ -216,6 +219,17 @@ def test_a_file_read_back_is_what_was_written(base, tmp_path, tokens):
   assert back.keys() == wanted.keys()
   for name, leaf in wanted.items():
     np.testing.assert_array_equal(back[name], leaf)
+  # What is taken off and put on again is the same, by the header or by the shapes.
+  plain = ip_adapter.detach(dataclasses.replace(wide, params=params))
+  assert plain.config == base.config
+  files = [file]
+  if tokens:
+    files.append(tmp_path / "foreign.safetensors")
+    numpy.save_file(numpy.load_file(file), files[1])
+  for each in files:
+    again = ip_adapter.attach(plain, each)
+    assert again.config == wide.config
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.params, params))
   other = widen.with_users(base, DIM + 1, tokens)
   with pytest.raises(UserError, match="user_dim and user_tokens agree"):
     ip_adapter.load(file, other.model)
