@@ -174,6 +174,7 @@ def test_the_report_shows_a_prompt_and_seed_for_different_people(world, tmp_path
   row = personal_report.of_group(found.people, "held_out", "common")
   assert personal_report.interval(row) in text
   assert "whom it is for" in text and "what differs is the model" not in text
+  assert "people are drawn again with replacement" in text
 
 
 @pytest.mark.slow  # about a minute on two cores
