@@ -160,21 +160,44 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Pat
   return path
 
 
+class _Pictures(Sequence[np.ndarray]):
+  """Pictures by place, decoded when they are asked for: all of them may not fit.
+
+  Attributes:
+    bad: places of those that are no images; grey stands in for them.
+  """
+
+  def __init__(self, images: Any, order: np.ndarray):
+    self._images, self._order = images, order
+    self.bad: set[int] = set()
+
+  def __len__(self) -> int:
+    return len(self._order)
+
+  def __getitem__(self, places: Any) -> Any:
+    if isinstance(places, slice):
+      return [self[place] for place in range(len(self))[places]]
+    try:
+      return decoding.decode(self._images.read(int(self._order[places])))
+    except decoding.BadImage:
+      self.bad.add(places)
+      return np.full((SIDE, SIDE, 3), 128, np.uint8)
+
+
 def _encode(
   source: Judgements, images: Sequence[np.ndarray], how: Any
 ) -> tuple[dict[int, np.ndarray], list[int]]:
   """Embeds images, each once: by index; and the indices of those that are no images."""
-  order = source.images.file_order(np.unique(np.concatenate(images)))
-  pictures, there, bad = [], [], []
-  for index in order.tolist():
-    try:
-      pictures.append(decoding.decode(source.images.read(index)))
-      there.append(index)
-    except decoding.BadImage:
-      bad.append(index)
-  absent = np.setdiff1d(np.unique(np.concatenate(images)), order)
-  vectors = ENCODERS[how.encoder](how.model)(pictures) if there else []
-  return dict(zip(there, vectors, strict=True)), bad + absent.tolist()
+  wanted = np.unique(np.concatenate(images))
+  order = source.images.file_order(wanted)
+  pictures = _Pictures(source.images, order)
+  vectors = ENCODERS[how.encoder](how.model)(pictures) if len(order) else []
+  found = {
+    index: vector
+    for place, (index, vector) in enumerate(zip(order.tolist(), vectors, strict=True))
+    if place not in pictures.bad
+  }
+  return found, np.setdiff1d(wanted, list(found)).tolist()
 
 
 def _in_words(
