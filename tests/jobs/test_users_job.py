@@ -1,7 +1,11 @@
 """Encoders and forms of the users job."""
 
+import io
+import types
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from lpo_jax.jobs import users
 from lpo_jax.scoring import preprocessing
@@ -58,3 +62,32 @@ def test_clip_gives_transformers_image_embeddings(tmp_path):
   wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
   assert found.shape == (3, 6)
   np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+class Stored:
+  """Image bytes as a source has them, read in an order of its own; 3 is not there."""
+
+  def __init__(self, found):
+    self.found = found
+
+  def file_order(self, wanted):
+    return np.array([i for i in self.found if i in wanted])
+
+  def read(self, index):
+    return self.found[index]
+
+
+def test_images_that_are_none_describe_nobody():
+  def png(grey):
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (grey,) * 3).save(file, "png")
+    return file.getvalue()
+
+  source = types.SimpleNamespace(
+    images=Stored({2: png(51), 0: b"no image", 1: png(255), 4: png(0)})
+  )
+  how = types.SimpleNamespace(encoder="pixels", model="")
+  found, bad = users._encode(source, [np.array([1, 0]), np.array([2, 3, 1])], how)
+  assert bad == [0, 3] and found.keys() == {1, 2}
+  np.testing.assert_allclose(found[1], 1.0)
+  np.testing.assert_allclose(found[2], 0.2)
