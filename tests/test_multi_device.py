@@ -99,6 +99,7 @@ def eight_devices(tiny_cache, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow  # a minute of compiling: pytest -m slow tests/test_multi_device.py
 def test_stored_references_on_a_mesh(tiny_cache, eight_devices, tmp_path):
   """To the bit where the same mesh computed them; those of one device, within rounding."""
   of_one, steps = tmp_path / "of_one", "train.total_steps=3"
@@ -165,7 +166,14 @@ def moved(tiny_cache, tmp_path_factory):
   return workdir
 
 
-@pytest.fixture(params=["accumulated", "eight_devices", "two_processes", "moved"])
+@pytest.fixture(
+  params=[
+    "accumulated",
+    "eight_devices",
+    "two_processes",
+    pytest.param("moved", marks=pytest.mark.slow),
+  ]
+)
 def other(request):
   return request.getfixturevalue(request.param)
 

@@ -191,6 +191,7 @@ def quickstart(tiny_world, front_door, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_the_editing_quickstart_goes_from_end_to_end(quickstart):
   rows = json.loads((quickstart / "summary.json").read_text())
   pairs = {(row["candidate"], row["baseline"]) for row in rows}
@@ -210,6 +211,7 @@ def test_the_editing_quickstart_goes_from_end_to_end(quickstart):
     assert 0 < last["score/digits_edit"] < 1 and last["score/l1_target"] > 0
 
 
+@pytest.mark.slow
 def test_samples_begin_with_what_is_edited(quickstart):
   grid = np.asarray(Image.open(quickstart / "lpo" / "samples" / "step_000012.png"))
   rows = parquet.read_table(quickstart / "edits_to_make.parquet").to_pylist()[:8]
@@ -219,6 +221,7 @@ def test_samples_begin_with_what_is_edited(quickstart):
   np.testing.assert_array_equal(grid[:, :side], np.concatenate(shown))
 
 
+@pytest.mark.slow
 def test_exports_name_the_class_that_edits(quickstart):
   for folder in (quickstart / "editor", quickstart / "lpo" / "export"):
     index = json.loads((folder / "model_index.json").read_text())

@@ -244,9 +244,9 @@ def test_flash_and_chunked_on_a_mesh(on_devices):
     (Call("gpu", 8, 4096, 4096, 8, 36, BF16), "chunked"),
     (Call("gpu", 1, 1024, 1024, 8, 160, BF16), "xla"),
     (Call("gpu", 8, 4096, 77, 8, 40, BF16), "xla"),
-    (Call("cpu", 1, 256, 1024, 2, 80, FP32), "xla"),  # 2 MiB fit into a core's cache
-    (Call("cpu", 1, 257, 1024, 2, 80, FP32), "chunked"),
-    (Call("cpu", 4, 257, 1024, 2, 80, FP32, devices=4), "chunked"),
+    (Call("cpu", 1, 256, 1024, 16, 80, FP32), "xla"),  # 16 MiB fit into the cache
+    (Call("cpu", 1, 257, 1024, 16, 80, FP32), "chunked"),
+    (Call("cpu", 4, 257, 1024, 16, 80, FP32, devices=4), "chunked"),
     (Call("cpu", 2, 4096, 4096, 8, 40, BF16), "chunked"),
     (Call("cpu", 16, 16, 16, 2, 32, FP32), "xla"),
   ],
