@@ -29,8 +29,8 @@ LONG = 1024
 # Scores above which "auto" gives up some speed for memory, in bytes on one device.
 LARGE_SCORES = 2**28
 # On a CPU, what the cores' caches hold: scores above it are cheaper computed again than
-# read again, and "chunked" is the faster. (It is for a tenth of them already, but takes
-# three times as long to compile.) And the size of its blocks, in scores.
+# read again, and "chunked" is the faster; below, a step gains nothing. And the size of its
+# blocks, in scores.
 CPU_SCORES = 2**24
 CPU_BLOCK = 2**20
 # Rows of the scores that "chunked" holds at a time elsewhere, and "flash" at most in one
