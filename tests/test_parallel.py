@@ -80,6 +80,9 @@ def test_parameters_are_not_split_over_slices():
     parallel.make_mesh(1, 8, devices=two_slices())
   with pytest.raises(UserError, match=r"mesh.fsdp=4 .* 4 slices of 2 devices"):
     parallel.make_mesh(-1, 4, slices=4, devices=two_slices())
+  config = {"data": -1, "fsdp": 4, "slices": 4, "parameters": "sharded"}
+  with pytest.raises(UserError, match=r"mesh.fsdp=4 .* 4 slices of 2 devices"):
+    parallel.mesh_of(config, two_slices())
 
 
 def test_slices_that_devices_do_not_know_of_are_processes_in_a_row():

@@ -104,8 +104,10 @@ def _digits_person(*, path: str = "", mesh: jax.sharding.Mesh | None = None) -> 
   )
 
 
-def _cosine(published: clip_scorers.Published) -> Callable[..., Scorer]:
-  def make(
+def _of_texts(make: Callable[[Place, str, str], Scorer]) -> Callable[..., Scorer]:
+  """A factory of a scorer that reads texts, from (place, path, tokenizer)."""
+
+  def factory(
     *,
     path: str = "",
     tokenizer: str = "",
@@ -113,10 +115,13 @@ def _cosine(published: clip_scorers.Published) -> Callable[..., Scorer]:
     dtype: str = "float32",
     batch_size: int = BATCH_SIZE,
   ) -> Scorer:
-    place = Place.of(mesh, dtype, batch_size)
-    return clip_scorers.Cosine(published, place, path, tokenizer)
+    return make(Place.of(mesh, dtype, batch_size), path, tokenizer)
 
-  return make
+  return factory
+
+
+def _cosine(published: clip_scorers.Published) -> Callable[..., Scorer]:
+  return _of_texts(lambda *given: clip_scorers.Cosine(published, *given))
 
 
 def _aesthetic(published: clip_scorers.Published) -> Callable[..., Scorer]:
@@ -132,34 +137,6 @@ def _aesthetic(published: clip_scorers.Published) -> Callable[..., Scorer]:
     return clip_scorers.Aesthetic(published, place, path, tower)
 
   return make
-
-
-def _image_reward(
-  *,
-  path: str = "",
-  tokenizer: str = "",
-  mesh: jax.sharding.Mesh | None = None,
-  dtype: str = "float32",
-  batch_size: int = BATCH_SIZE,
-) -> Scorer:
-  place = Place.of(mesh, dtype, batch_size)
-  return image_reward.ImageReward(place, path, tokenizer)
-
-
-def _of_edits(make: Callable[[Place, str, str], Scorer]) -> Callable[..., Scorer]:
-  """A factory of a scorer made of CLIP, from (place, path, tokenizer)."""
-
-  def factory(
-    *,
-    path: str = "",
-    tokenizer: str = "",
-    mesh: jax.sharding.Mesh | None = None,
-    dtype: str = "float32",
-    batch_size: int = BATCH_SIZE,
-  ) -> Scorer:
-    return make(Place.of(mesh, dtype, batch_size), path, tokenizer)
-
-  return factory
 
 
 def _dino(other: str) -> Callable[..., Scorer]:
@@ -197,18 +174,18 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
   "digits_kept": _digits_kept,
   **{p.name: _cosine(p) for p in clip_scorers.COSINES},
   **{p.name: _aesthetic(p) for p in clip_scorers.AESTHETICS},
-  "image_reward": _image_reward,
+  "image_reward": _of_texts(image_reward.ImageReward),
   # Of edits: what they need of a prompt set is in `Scorer.needs`.
-  "clip_direction": _of_edits(
+  "clip_direction": _of_texts(
     lambda place, *paths: edit_scorers.Direction(edit_scorers.DIRECTION, place, *paths)
   ),
-  "clip_caption": _of_edits(
+  "clip_caption": _of_texts(
     lambda place, *paths: edit_scorers.Caption(edit_scorers.CAPTION, place, *paths)
   ),
-  "clip_image_source": _of_edits(
+  "clip_image_source": _of_texts(
     lambda place, *paths: edit_scorers.ImageSimilarity(place, *paths, other="sources")
   ),
-  "clip_image_target": _of_edits(
+  "clip_image_target": _of_texts(
     lambda place, *paths: edit_scorers.ImageSimilarity(place, *paths, other="targets")
   ),
   "dino_source": _dino("sources"),
