@@ -181,6 +181,13 @@ def make_batches(
   only = None
   if data.held_out or data.held_out_users:
     only, _ = split_lists(config, cache)
+  users, lost = list_users(config, cache)
+  if lost.get("lists"):
+    console.say(
+      f"{lost['lists']} of {len(cache.lists)} lists are trained as nobody's: "
+      f"{lost['people']} people have no embedding in {data.user_embeds}, and "
+      f"{lost['unknown']} lists are of nobody known"
+    )
   return Batches(
     cache,
     only=only,
@@ -193,7 +200,7 @@ def make_batches(
     time_ids=data.time_ids,
     draws=data.draws,
     references=references,
-    users=list_users(config, cache),
+    users=users,
     user_dropout=data.user_dropout,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
@@ -208,20 +215,15 @@ def split_lists(
   return held_out.split(cache.lists, data.held_out, config.seed, data.held_out_users)
 
 
-def list_users(config: ml_collections.ConfigDict, cache: Any) -> ListUsers | None:
-  """Whose the lists are, and how many are nobody's; None without data.user_embeds."""
+def list_users(
+  config: ml_collections.ConfigDict, cache: Any
+) -> tuple[ListUsers | None, dict[str, int]]:
+  """Whose the lists are, and what `user_embeds.join` counts; None without embeddings."""
   data = config.data
   if data.user_embeds is None:
-    return None
+    return None, {}
   embeds = user_embeds.read(data.user_embeds)
-  found, lost = user_embeds.join(embeds, cache.lists, data.user_missing)
-  if lost["lists"]:
-    console.say(
-      f"{lost['lists']} of {len(cache.lists)} lists are trained as nobody's: "
-      f"{lost['people']} people have no embedding in {embeds.source}, and "
-      f"{lost['unknown']} lists are of nobody known"
-    )
-  return found
+  return user_embeds.join(embeds, cache.lists, data.user_missing)
 
 
 def make_held_out(
@@ -239,6 +241,7 @@ def make_held_out(
   if not (count and config.eval.every):
     return None
   _, held = split_lists(config, cache)
+  users, _ = list_users(config, cache)
   order = np.argsort(cache.lists.list_id[held], kind="stable")
   chosen = np.sort(held[order[:count]])
 
@@ -249,7 +252,7 @@ def make_held_out(
       images_per_update=config.train.images_per_update,
       seed=config.seed,
       time_ids=config.data.time_ids,
-      users=list_users(config, cache),
+      users=users,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
       prefetch=1,

@@ -152,10 +152,12 @@ def say_arithmetic(config: Any, mesh: Any, cache: Any, batches: Batches) -> None
     f"{batches.lists_per_epoch} lists of {mean_size:.2f} images; "
     f"{train.total_steps} updates are about {epochs:.1f} epochs"
   )
-  if config.data.held_out:
+  shares = {"prompt": config.data.held_out, "person": config.data.held_out_users}
+  by = " and ".join(name for name, share in shares.items() if share)
+  if by:
     left_out = len(cache.lists) - batches.lists_per_epoch
     console.say(
-      f"held out: {left_out} of {len(cache.lists)} lists, by prompt; never trained on"
+      f"held out: {left_out} of {len(cache.lists)} lists, by {by}; never trained on"
     )
 
 
