@@ -22,11 +22,11 @@ import time
 
 from lpo_jax.training.report import read_metrics
 
-IMAGES, EVERY = 16, 100
+EVERY = 100
 SIDES = ("world", "first", "long", "draw")
 
 
-def settings(workdir: pathlib.Path):
+def settings(workdir: pathlib.Path, images: int):
   """The run, and the world that it is trained on."""
   from lpo_jax.configs import quickstart as world
   from lpo_jax.jobs import quickstart
@@ -35,29 +35,29 @@ def settings(workdir: pathlib.Path):
   config.model.path = str(quickstart.base_folder(config))
   config.data.path = str(quickstart.make_judgements(config, workdir))
   own = quickstart.method_config(config, workdir, "lpo")
-  own.train.images_per_update, own.train.checkpoint_every = IMAGES, EVERY
+  own.train.images_per_update, own.train.checkpoint_every = images, EVERY
   own.train.learning_rate, own.train.on_runaway = 1e-6, "off"
   own.eval.every = 0
   return own
 
 
-def train(workdir: pathlib.Path, name: str, updates: int) -> None:
+def train(workdir: pathlib.Path, images: int, name: str, updates: int) -> None:
   """A child: trains so many updates in WORKDIR/name."""
   from lpo_jax.jobs import cache
   from lpo_jax.jobs import train as job
 
-  own = settings(workdir)
+  own = settings(workdir, images)
   cache.run(own, str(workdir))
   own.train.total_steps = updates
   job.run(own, workdir / name)
 
 
-def draw(workdir: pathlib.Path) -> None:
+def draw(workdir: pathlib.Path, images: int) -> None:
   """A child: images/s of drawing with guidance, decoding included."""
   from lpo_jax import parallel
   from lpo_jax.jobs import candidates, sampling
 
-  own = settings(workdir)
+  own = settings(workdir, images)
   mesh = parallel.mesh_of(own.mesh)
   generator = sampling.make_generator(own, mesh)
   params, _ = candidates.load_params(own.model.path, mesh)
@@ -82,7 +82,7 @@ class Child:
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     self._log = workdir / "log.txt"
-    command = [sys.executable, __file__, f"--workdir={workdir}", *map(str, arguments)]
+    command = [sys.executable, __file__, *sys.argv[1:], *map(str, arguments)]
     with self._log.open("w") as log:
       self._process = subprocess.Popen(
         command, env=environment, stdout=log, stderr=subprocess.STDOUT
@@ -133,7 +133,7 @@ def help_seconds() -> float:
 def long_run(workdir: pathlib.Path, updates: int) -> list[tuple[str, str]]:
   """Times and memory of many updates."""
   shutil.rmtree(workdir / "long", ignore_errors=True)
-  memory = Child(workdir, "--side=long", "--updates", updates).wait()
+  memory = Child(workdir, "--side=long").wait()
   rows = read_metrics(workdir / "long" / "metrics.jsonl")[1:]
   # A row is written once the next step is on its way, and before a save: the time of a
   # save is in the row after it.
@@ -169,15 +169,16 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   parser.add_argument("--updates", type=int, default=2000)
+  parser.add_argument("--images", type=int, default=16, help="an update")
   parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
   parser.add_argument("--name", help=argparse.SUPPRESS)
   options = parser.parse_args()
   workdir = options.workdir.absolute()
   children = {
-    "world": lambda: settings(workdir),
-    "first": lambda: train(workdir, options.name, 2),
-    "long": lambda: train(workdir, "long", options.updates),
-    "draw": lambda: draw(workdir),
+    "world": lambda: settings(workdir, options.images),
+    "first": lambda: train(workdir, options.images, options.name, 2),
+    "long": lambda: train(workdir, options.images, "long", options.updates),
+    "draw": lambda: draw(workdir, options.images),
   }
   if options.side:
     children[options.side]()

@@ -1,26 +1,34 @@
 """The train step beside PyTorch's, packed lists beside padded ones, and how cost grows.
 
   python benchmarks/step_vs_torch.py                  DPO: ours, torch, ours, torch, ...
+  python benchmarks/step_vs_torch.py --what gpu       the same of SD 1.5, on one GPU
   python benchmarks/step_vs_torch.py --what packing   LPO: packed slots, padded lists
-  python benchmarks/step_vs_torch.py --what growth    LPO: twice of one thing each
+  python benchmarks/step_vs_torch.py --what growth --turns 1 --steps 2 --plot growth.png
+                                                      LPO: more and more of one thing
 
 Both sides of `torch` run the step of Diffusion-DPO's script in fp32: a policy and a
 reference UNet, 8 pairs of 4x32x32 latents with t and noise shared in a pair, clipping at
 1, AdamW. VAE and text encoders are left out on both sides. The UNet has 8.6 M parameters
 (widths 64, 128, 128; two layers a block; 8 heads). Each turn is a process of its own that
 warms up, then times `--steps` steps; sides alternate, and the ratio is that of the
-medians. `packing` runs our step twice over the same lists of 2 to 8: in slots that are
+medians. `gpu` wants jax and torch that both see the GPU (`pip install 'lpo_jax[cuda]'` and
+a CUDA build of torch), and runs SD 1.5's UNet at 512 pixels with random weights: bfloat16
+activations (torch: autocast and `torch.compile`, its own choice of attention), fp32
+weights and AdamW. `packing` runs our step twice over the same lists of 2 to 8: in slots that are
 all used, and each list padded to 8 as rows of a rectangular batch. `growth` runs our step
-of 16 images, then with twice the images, lists twice as long, twice the resolution, and
-over 8 pretended devices of the same cores.
+of 8 images in lists of 2, then with twice and four times the images, lists twice and four
+times as long, four times the pixels, and over 2 and 8 pretended devices of the same cores.
 
 Seconds are by the clock, and of the processor for a machine with other work.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
+import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,12 +49,40 @@ UNET = {
   "cross_attention_dim": 64,
   "attention_head_dim": 8,
 }
-PAIRS, TOKENS, BETA, LEARNING_RATE = 8, 77, 5000.0, 1e-5
+TOKENS, BETA, LEARNING_RATE = 77, 5000.0, 1e-5
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 # Diffusion-LPO, section 5: 56 % of the pairs of Pick-a-Pic are in lists longer than two,
 # and few lists are longer than 8. A chain of m images has m - 1 pairs; lengths that fall
 # geometrically by 0.337 put 44 % of the pairs into lists of two.
 FALL, LONGEST = 0.337, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What both sides compute.
+
+  Attributes:
+    unet: its config.json.
+    side: of the latents.
+    dtype: of the activations.
+    device: torch's name of where.
+    flop: of an image, of a step that computes nothing twice; 0: not looked up.
+  """
+
+  unet: dict = dataclasses.field(default_factory=lambda: UNET)
+  side: int = 32
+  dtype: str = "float32"
+  device: str = "cpu"
+  flop: float = 0.0
+
+
+def sd15() -> Work:
+  """Stable Diffusion 1.5 at 512 pixels, on a GPU."""
+  # A forward pass is 0.8033 TFLOP (torch's FlopCounterMode): policy, its gradient of
+  # twice as much, reference.
+  folder = pathlib.Path(__file__).resolve().parents[1] / "lpo_jax/assets/architectures"
+  unet = json.loads((folder / "sd15_unet.json").read_text("utf-8"))
+  return Work(unet, 64, "bfloat16", "cuda", 4 * 0.8033e12)
 
 
 Seconds = list[tuple[float, float]]  # of each step: by the clock, of the processor
@@ -64,19 +100,24 @@ def timed(one: Callable[[], None], steps: int) -> Seconds:
 
 
 def ours(
-  lists: list[int], slots: int, name: str, steps: int, side: int = 32
+  lists: list[int], slots: int, name: str, steps: int, work: Work | None = None
 ) -> Seconds:
-  """Our steps over lists of these lengths in so many slots of `side` x `side` latents."""
+  """Our steps over lists of these lengths in so many slots."""
   import jax
   import jax.numpy as jnp
 
   from lpo_jax import models, objectives, parallel
   from lpo_jax.diffusion import noising, schedule
-  from lpo_jax.training import optimizer, state, step
+  from lpo_jax.training import optimizer, places, state, step
   from lpo_jax.types import Batch, Conditioning, Ranking
 
+  work = work or Work()
+  side, width = work.side, work.unet["cross_attention_dim"]
   mesh = parallel.make_mesh()
-  model = models.build({**UNET, "sample_size": side}, dtype=jnp.float32)
+  platform = mesh.devices.flat[0].platform
+  if work.device != "cpu" and platform == "cpu":
+    raise SystemExit("jax sees no GPU: pip install 'lpo_jax[cuda]'")
+  model = models.build(work.unet, dtype=jnp.dtype(work.dtype))
   rng = np.random.default_rng(0)
   shapes = model.abstract_params
 
@@ -85,16 +126,18 @@ def ours(
 
   shardings = parallel.param_shardings(shapes, mesh)
   params = parallel.put(jax.tree.map(fill, shapes), shardings)
-  reference = parallel.put(jax.tree.map(np.asarray, params), shardings)
+  # Of its own: what is narrow already would be the very arrays that the step donates.
+  reference = model.narrow(jax.tree.map(jnp.copy, params))
   adamw = optimizer.build("adamw", shapes, learning_rate=LEARNING_RATE)
   method = step.Method(
     unet=model.apply,
+    weights=places.in_use(step.whole, model, shardings),
     schedule=schedule.from_config(SCHEDULE),
     noising=noising.get("forward"),
     objective=objectives.get(name, beta=BETA),
     seed=0,
     scaling_factor=0.18215,
-    unroll=True,
+    unroll=platform == "cpu",
   )
   longest = max(lists)
   slot = np.zeros((len(lists), longest), np.int32)
@@ -111,7 +154,7 @@ def ours(
   batch = Batch(
     moments=rng.standard_normal((slots, side, side, 8)).astype(np.float32),
     conditioning=Conditioning(
-      rng.standard_normal((slots, TOKENS, 64)).astype(np.float32)
+      rng.standard_normal((slots, TOKENS, width)).astype(np.float32)
     ),
     identity=identity,
     item=item,
@@ -138,30 +181,40 @@ def ours(
   return timed(one, steps)
 
 
-def theirs(steps: int) -> Seconds:
+def theirs(pairs: int, steps: int, work: Work) -> Seconds:
   """The steps of Diffusion-DPO's script in PyTorch."""
   import torch
   from diffusers import DDPMScheduler, UNet2DConditionModel
 
   torch.manual_seed(0)
   torch.set_num_threads(os.cpu_count() or 1)
-  policy, reference = (UNet2DConditionModel.from_config(UNET) for _ in range(2))
+  on_gpu, narrow = work.device != "cpu", work.dtype != "float32"
+  if on_gpu and not torch.cuda.is_available():
+    raise SystemExit("torch sees no GPU: install a CUDA build of it")
+  policy, reference = (
+    UNet2DConditionModel.from_config(work.unet).to(work.device) for _ in range(2)
+  )
   reference.load_state_dict(policy.state_dict())
-  reference.requires_grad_(False)
+  reference.requires_grad_(False).to(getattr(torch, work.dtype))
   noise_schedule = DDPMScheduler(num_train_timesteps=1000, **SCHEDULE)
   adamw = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
-  latents = torch.randn(2 * PAIRS, 4, 32, 32)
-  states = torch.randn(PAIRS, TOKENS, 64).repeat(2, 1, 1)
+  side, width = work.side, work.unet["cross_attention_dim"]
+  latents = torch.randn(2 * pairs, 4, side, side, device=work.device)
+  states = torch.randn(pairs, TOKENS, width, device=work.device).repeat(2, 1, 1)
+  predict, predict_ref = policy, reference
+  if on_gpu:
+    predict, predict_ref = torch.compile(policy), torch.compile(reference)
 
   def one() -> None:
-    timesteps = torch.randint(0, 1000, (PAIRS,)).repeat(2)
-    noise = torch.randn(PAIRS, 4, 32, 32).repeat(2, 1, 1, 1)
+    timesteps = torch.randint(0, 1000, (pairs,), device=work.device).repeat(2)
+    noise = torch.randn(pairs, 4, side, side, device=work.device).repeat(2, 1, 1, 1)
     noisy = noise_schedule.add_noise(latents, noise, timesteps)
-    pred = policy(noisy, timesteps, states).sample
-    err = (pred - noise).pow(2).mean(dim=[1, 2, 3])
-    with torch.no_grad():
-      ref_pred = reference(noisy, timesteps, states).sample
-      ref_err = (ref_pred - noise).pow(2).mean(dim=[1, 2, 3])
+    with torch.autocast(work.device, torch.bfloat16, enabled=narrow):
+      pred = predict(noisy, timesteps, states).sample
+      with torch.no_grad():
+        ref_pred = predict_ref(noisy, timesteps, states).sample
+    err = (pred.float() - noise).pow(2).mean(dim=[1, 2, 3])
+    ref_err = (ref_pred.float() - noise).pow(2).mean(dim=[1, 2, 3])
     (winner, loser), (ref_winner, ref_loser) = err.chunk(2), ref_err.chunk(2)
     inside = -0.5 * BETA * ((winner - loser) - (ref_winner - ref_loser))
     loss = -torch.nn.functional.logsigmoid(inside).mean()
@@ -169,6 +222,8 @@ def theirs(steps: int) -> Seconds:
     torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     adamw.step()
     adamw.zero_grad()
+    if on_gpu:
+      torch.cuda.synchronize()
 
   return timed(one, steps)
 
@@ -191,37 +246,85 @@ class Side:
     run: a turn: runs steps, returns their seconds.
     images: of a step.
     devices: pretended ones, of the same cores.
+    grown: how many times there is of what, for the plot.
   """
 
   run: Callable[[], Seconds]
   images: int
   devices: int = 1
+  grown: tuple[str, int] = ("", 1)
 
 
-def sides(what: str, steps: int) -> dict[str, Side]:
-  """Rows by name."""
-  pairs = [2] * PAIRS
-  images = 2 * PAIRS
-  if what == "torch":
-    return {
-      "lpo_jax": Side(lambda: ours(pairs, images, "dpo", steps), images),
-      "PyTorch": Side(lambda: theirs(steps), images),
-    }
+def sides(what: str, steps: int, count: int) -> dict[str, Side]:
+  """Rows by name; `count` pairs in those of `torch` and `gpu`."""
+  if what in ("torch", "gpu"):
+    pairs = [2] * count
+    work = sd15() if what == "gpu" else Work()
+    mine = functools.partial(ours, pairs, 2 * count, "dpo", steps, work)
+    their = functools.partial(theirs, count, steps, work)
+    return {"lpo_jax": Side(mine, 2 * count), "PyTorch": Side(their, 2 * count)}
   if what == "growth":
-    fours = [4] * (PAIRS // 2)
-    return {
-      "16 images, lists of 2": Side(lambda: ours(pairs, images, "lpo", steps), images),
-      "32 images": Side(lambda: ours(pairs * 2, 2 * images, "lpo", steps), 2 * images),
-      "lists of 4": Side(lambda: ours(fours, images, "lpo", steps), images),
-      "64 x 64 latents": Side(lambda: ours(pairs, images, "lpo", steps, 64), images),
-      "8 devices": Side(lambda: ours(pairs, images, "lpo", steps), images, devices=8),
-    }
+    return growth(steps)
   lists = lengths(6)
   used = sum(lists)
   return {
     "packed": Side(lambda: ours(lists, used, "lpo", steps), used),
     "padded": Side(lambda: ours(lists, LONGEST * len(lists), "lpo", steps), used),
   }
+
+
+def growth(steps: int) -> dict[str, Side]:
+  """Rows by name: the smallest step first."""
+
+  def side(
+    images: int = 8,
+    longest: int = 2,
+    latents: int = 32,
+    devices: int = 1,
+    grown: tuple[str, int] = ("", 1),
+  ) -> Side:
+    lists = [longest] * (images // longest)
+    work = Work({**UNET, "sample_size": latents}, latents)
+    run = functools.partial(ours, lists, images, "lpo", steps, work)
+    return Side(run, images, devices, grown)
+
+  return {
+    "8 images, lists of 2, 32 x 32": side(),
+    "16 images": side(images=16, grown=("images", 2)),
+    "32 images": side(images=32, grown=("images", 4)),
+    "lists of 4": side(longest=4, grown=("images of a list", 2)),
+    "lists of 8": side(longest=8, grown=("images of a list", 4)),
+    "64 x 64 latents": side(latents=64, grown=("pixels", 4)),
+    "2 devices": side(devices=2, grown=("devices on the same cores", 2)),
+    "8 devices": side(devices=8, grown=("devices on the same cores", 8)),
+  }
+
+
+def plot(table: dict[str, Side], ratios: dict[str, float], path: str) -> None:
+  """Draws how many times the processor seconds come with how many times of a thing."""
+  from matplotlib.figure import Figure
+
+  points: dict[str, list[tuple[float, float]]] = {}
+  for name, side in table.items():
+    kind, times = side.grown
+    if kind:
+      points.setdefault(kind, [(1, 1)]).append((times, ratios[name]))
+  figure = Figure(figsize=(5.5, 4.5), layout="constrained")
+  axes = figure.subplots()
+  most = max(x for line in points.values() for x, _ in line)
+  axes.plot([1, most], [1, most], "--", color="grey", label="in proportion")
+  for kind, line in points.items():
+    axes.plot(*zip(*line, strict=True), "o-", label=kind)
+  axes.set_xscale("log", base=2)
+  axes.set_yscale("log", base=2)
+  axes.xaxis.set_major_formatter("{x:g}x")
+  axes.yaxis.set_major_formatter("{x:g}x")
+  axes.set_xlabel("times as much of it")
+  axes.set_ylabel("processor seconds of a step, times")
+  axes.set_title("What a step of LPO costs, on a CPU")
+  axes.grid(alpha=0.3)
+  axes.legend()
+  figure.savefig(path, dpi=120)
 
 
 def turn(name: str, side: Side) -> Seconds:
@@ -239,36 +342,57 @@ def turn(name: str, side: Side) -> Seconds:
   return [tuple(pair) for pair in json.loads(done.stdout.splitlines()[-1])]
 
 
+def peak_of_gpu() -> float | None:
+  """bf16 FLOP/s of this machine's first GPU, if it is one of those looked up."""
+  from lpo_jax.jobs import plan_chips
+
+  asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+  if shutil.which(asked[0]) is None:
+    raise SystemExit("--what gpu: no nvidia-smi on this machine, so no GPU of NVIDIA's")
+  names = subprocess.run(asked, capture_output=True, check=True, text=True).stdout
+  return plan_chips.peak_of(names.splitlines()[0].strip())
+
+
 def main() -> None:
   """Alternates the sides; prints a table, each row beside the first."""
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--what", choices=("torch", "packing", "growth"), default="torch")
+  parser.add_argument(
+    "--what", choices=("torch", "gpu", "packing", "growth"), default="torch"
+  )
   parser.add_argument("--turns", type=int, default=3, help="of each side")
   parser.add_argument("--steps", type=int, default=4, help="timed in a turn")
+  parser.add_argument("--pairs", type=int, default=8, help="of --what torch and gpu")
+  parser.add_argument("--plot", help="of --what growth: a PNG to write")
   parser.add_argument("--side", help=argparse.SUPPRESS)
   arguments = parser.parse_args()
-  table = sides(arguments.what, arguments.steps)
+  if arguments.plot and arguments.what != "growth":
+    parser.error("--plot is of --what growth")
+  table = sides(arguments.what, arguments.steps, arguments.pairs)
   if arguments.side:
     print(json.dumps(table[arguments.side].run()))
     return
+  peak = peak_of_gpu() if arguments.what == "gpu" else None
   times: dict[str, Seconds] = {name: [] for name in table}
   for _ in range(arguments.turns):
     for name, side in table.items():
       times[name] += turn(name, side)
-  print(
-    "| side | s a step, median | least | most | images/s | s / first's "
-    "| processor s | processor s / first's |\n|---|--:|--:|--:|--:|--:|--:|--:|"
-  )
-  first = None
+  head = ["side", "s a step, median", "least", "most", "images/s", "s / first's"]
+  head += ["processor s", "processor s / first's", *(["MFU"] if peak else [])]
+  print("| " + " | ".join(head) + " |\n|---|" + "--:|" * (len(head) - 1))
+  first, ratios = None, {}
   for name, pairs in times.items():
     clock, processor = ([pair[i] for pair in pairs] for i in (0, 1))
     middle = statistics.median(clock), statistics.median(processor)
     first = first or middle
-    print(
-      f"| {name} | {middle[0]:.2f} | {min(clock):.2f} | {max(clock):.2f} "
-      f"| {table[name].images / middle[0]:.2f} | {middle[0] / first[0]:.2f} "
-      f"| {middle[1]:.1f} | {middle[1] / first[1]:.2f} |"
-    )
+    ratios[name] = middle[1] / first[1]
+    speed = table[name].images / middle[0]
+    row = [name, *(f"{x:.2f}" for x in (middle[0], min(clock), max(clock), speed))]
+    row += [f"{middle[0] / first[0]:.2f}", f"{middle[1]:.1f}", f"{ratios[name]:.2f}"]
+    if peak:
+      row.append(f"{100 * speed * sd15().flop / peak:.1f}%")
+    print("| " + " | ".join(row) + " |")
+  if arguments.plot:
+    plot(table, ratios, arguments.plot)
 
 
 if __name__ == "__main__":

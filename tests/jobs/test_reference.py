@@ -37,6 +37,10 @@ def test_training_on_stored_errors_is_the_same_run(tiny_cache, tmp_path):
   assert outcome.code == 2 and "has only some of" in outcome.text
   outcome = tiny_cache.run(stored, job="reference")
   assert outcome.code == 0, outcome.text
+  # Stopped on the way, too.
+  (stored / "STOP").touch()
+  outcome = tiny_cache.run(stored, "data.reference=")
+  assert outcome.code == 3 and "saved step 1 of 5" in outcome.text, outcome.text
   outcome = tiny_cache.run(stored, "data.reference=")
   assert outcome.code == 0, outcome.text
   weights, rows = trained(tiny_cache, plain)
