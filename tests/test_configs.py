@@ -182,6 +182,7 @@ def test_the_base_that_ships():
   assert float(legible[1]) >= 85 and int(legible[2]) >= 100
 
 
+@pytest.mark.slow  # a minute on two cores, and only a new base runs it
 def test_the_command_behind_the_base_that_ships(tmp_path):
   """For a few steps: a pipeline and its card come out."""
   command = [sys.executable, "-m", "lpo_jax.main"]

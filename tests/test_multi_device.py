@@ -168,7 +168,7 @@ def moved(tiny_cache, tmp_path_factory):
 
 @pytest.fixture(
   params=[
-    "accumulated",
+    pytest.param("accumulated", marks=pytest.mark.slow),  # so are the eight devices
     "eight_devices",
     "two_processes",
     pytest.param("moved", marks=pytest.mark.slow),

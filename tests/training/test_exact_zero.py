@@ -96,8 +96,12 @@ def assert_nothing_has_moved(metrics, list_size):
   assert np.isfinite(metrics["grad_norm"]) and metrics["grad_norm"] > 0
 
 
+slow = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-  ("dtype", "microbatch"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 8)]
+  ("dtype", "microbatch"),
+  [("float32", 0), ("bfloat16", 0), pytest.param("bfloat16", 8, marks=slow)],
 )
 def test_a_unet(dtype, microbatch):
   """With the reference stored in the dtype its kernels are used in."""
@@ -121,13 +125,11 @@ SMALL_STACK = {
   "up_block_types": ["UpBlock2D"],
   "transformer_layers_per_block": 3,
 }
-slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
   ("dtype", "remat", "microbatch", "scan"),
   [
-    ("bfloat16", "dots", 0, "stacks"),
     ("bfloat16", "blocks", 8, "stacks"),
     *(
       pytest.param(dtype, remat, microbatch, scan, marks=slow)

@@ -513,8 +513,7 @@ EIGHT = """
   out = {}
   for name, mesh, microbatch in (
     ("one", parallel.make_mesh(devices=jax.devices()[:1]), 0),
-    ("all", parallel.make_mesh(2, 4), 0),
-    ("accumulated", parallel.make_mesh(4, 2), 8),
+    ("eight", parallel.make_mesh(4, 2), 8),
   ):
     method = world["make_method"](microbatch=microbatch)
     run = world["Run"](mesh=mesh, method=method, batch=batch, options={"eps": 1e-3})
