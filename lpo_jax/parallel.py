@@ -345,9 +345,11 @@ def _gathered_product_backward(
 ) -> tuple[jax.Array, jax.Array]:
   x, kernel = kept
   # Or the compiler finds the same gather twice, and keeps its result after all.
-  kernel = jax.lax.optimization_barrier(kernel)
-  _, pull = jax.vjp(lambda x, k: product(x, _gather(k)), x, kernel)
-  return pull(cotangent)
+  whole = _gather(jax.lax.optimization_barrier(kernel))
+  # Transposed, not differentiated: jax.vjp would write down the product itself once more.
+  of_x = jax.linear_transpose(lambda x: product(x, whole), x)
+  of_kernel = jax.linear_transpose(lambda k: product(x, k), kernel)
+  return *of_x(cotangent), *of_kernel(cotangent)
 
 
 _gathered_product.defvjp(_gathered_product_forward, _gathered_product_backward)

@@ -329,6 +329,8 @@ def test_a_kernel_is_gathered_for_the_product_and_again_for_its_gradient(eight):
   assert error < 2**-7
   assert eight["gathered"].count("sharding_constraint[") == 2
   assert eight["gathered"].count("optimization_barrier") == 1
+  # One product and two for its gradient; what is counted as FLOPs is what is written here.
+  assert eight["gathered"].count("dot_general[") == 3
 
 
 def test_names_of_state_end_in_names_of_parameters():
